@@ -1,0 +1,47 @@
+"""The on-disk formats, one module each. A new one takes its module and one line in the table below."""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+from pathlib import Path
+
+from quantize.errors import InputError, unknown_name
+from quantize.formats.awq import AWQFormat
+from quantize.formats.base import Checkpoint, Format, Piece, TensorInfo
+from quantize.formats.gguf import GGUFFormat
+from quantize.formats.hf import HFFormat
+
+__all__ = ["FORMATS", "Checkpoint", "Format", "Piece", "TensorInfo", "find", "named"]
+
+# Asked in this order whether a path is theirs: the plain folder comes last.
+FORMATS: dict[str, Format] = {f.name: f for f in (GGUFFormat(), AWQFormat(), HFFormat())}
+
+
+def _table() -> dict[str, Format]:
+    """Our formats and those that other packages announce under the entry point `quantize.formats`."""
+    others = (entry.load()() for entry in entry_points(group="quantize.formats"))
+    return {f.name: f for f in others} | FORMATS
+
+
+def named(name: str) -> Format:
+    """Returns the format called `name`.
+
+    Raises:
+        UsageError: there is none; the message lists the choices.
+    """
+    table = _table()
+    if name not in table:
+        raise unknown_name("format", name, table)
+    return table[name]
+
+
+def find(path: Path) -> Format:
+    """Returns the format that `path` is in.
+
+    Raises:
+        InputError: none recognises it.
+    """
+    for candidate in _table().values():
+        if candidate.sniff(path):
+            return candidate
+    raise InputError(f"{path}: no model that can be read", "name a folder with config.json and safetensors, or a .gguf")

@@ -1,0 +1,185 @@
+"""AWQ checkpoints, GEMM version: what AutoAWQ wrote and transformers (GPTQModel), vLLM and SGLang read.
+
+Per linear of K inputs and N outputs: `qweight` int32 `[K, N/8]`, `qzeros` int32 `[K/group, N/8]` (true zero points)
+and `scales` float16 `[K/group, N]`. The matrix is stored input-major. Eight 4-bit codes share a word; nibble i
+(bits 4i to 4i+3) holds column `8c + ORDER[i]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantize.errors import InputError
+from quantize.formats.base import Checkpoint, Piece, TensorInfo
+from quantize.formats.container import read_rows
+from quantize.formats.folder import FolderCheckpoint, is_folder, read_json
+from quantize.schemes import AffineInt, Plain, QuantizedTensor, Scheme, Shape
+
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+_INVERSE = tuple(ORDER.index(j) for j in range(8))
+_SHIFTS = torch.arange(0, 32, 4, dtype=torch.int32)
+_PARTS = (".qweight", ".qzeros", ".scales")
+
+
+def pack(codes: Tensor) -> Tensor:
+    """Returns 4-bit codes `[rows, cols]` (values 0 to 15) as int32 words `[rows, cols / 8]`; undone by `unpack`."""
+    nibbles = codes.to(torch.int64).unflatten(-1, (-1, 8))[..., list(ORDER)]
+    # Distinct bits, so the sum is their union; in 64 bits because bit 31 would be the sign.
+    words = (nibbles << _SHIFTS.to(torch.int64)).sum(-1)
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+def unpack(words: Tensor) -> Tensor:
+    """Returns the uint8 codes `[rows, cols]` of int32 words `[rows, cols / 8]`."""
+    nibbles = (words.unsqueeze(-1) >> _SHIFTS) & 0xF  # the shift is arithmetic: the mask drops the sign
+    return nibbles[..., list(_INVERSE)].to(torch.uint8).flatten(-2)
+
+
+class AWQCheckpoint(FolderCheckpoint):
+    """An AWQ folder; `NAME.qweight`, `NAME.qzeros` and `NAME.scales` form tensor `NAME.weight`."""
+
+    format = "awq"
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        quantization = self.quantization
+        version = str(quantization.get("version") or quantization.get("format") or "gemm").lower()
+        bits = quantization.get("bits", quantization.get("w_bit", 4))
+        if version != "gemm" or bits != 4:
+            raise InputError(f"{path}: AWQ version '{version}' with {bits} bits", "only 4-bit GEMM can be read")
+
+    @cached_property
+    def _coded(self) -> dict[str, str]:
+        """Tensor name to module name, for the quantized ones."""
+        modules = [n.removesuffix(".qweight") for n in self.extents if n.endswith(".qweight")]
+        return {f"{module}.weight": module for module in modules}
+
+    def _assemble(self) -> dict[str, TensorInfo]:
+        tensors: dict[str, TensorInfo] = {}
+        for name, extent in self.extents.items():
+            stem, dot, part = name.rpartition(".")
+            if f"{stem}.weight" not in self._coded or dot + part not in _PARTS:
+                tensors[name] = TensorInfo(name, extent.shape, Plain(extent.dtype), extent.nbytes)
+            elif part == "qweight":
+                tensors[f"{stem}.weight"] = self._info(stem)
+        return tensors
+
+    def _info(self, module: str) -> TensorInfo:
+        try:
+            words, zeros, scales = (self.extents[module + part] for part in _PARTS)
+        except KeyError as error:
+            raise InputError(f"{self.path}: lacks tensor '{error.args[0]}'") from None
+        rows, groups, cols = words.shape[0], scales.shape[0], scales.shape[1]
+        if words.shape != (rows, cols // 8) or zeros.shape != (groups, cols // 8) or rows % groups:
+            raise InputError(f"{words.file}: the shapes of '{module}.qweight', qzeros and scales do not agree")
+        scheme = AffineInt(4, rows // groups if groups > 1 else -1)
+        nbytes = words.nbytes + zeros.nbytes + scales.nbytes
+        return TensorInfo(f"{module}.weight", (cols, rows), scheme, nbytes)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Returns rows of a tensor, dequantized to float32 where it is quantized."""
+        coded = self.read_coded(name)
+        return super().read(name, start, stop) if coded is None else coded.dequantize()[start:stop]
+
+    def read_coded(self, name: str) -> QuantizedTensor | None:
+        """Returns the codes of a quantized tensor, or None for a plain one."""
+        module = self._coded.get(name)
+        if module is None:
+            return None
+        words, zeros, scales = (read_rows(self.extents[module + part]) for part in _PARTS)
+        info = self.tensors[name]
+        arrays = {
+            "codes": unpack(words).T.contiguous(),
+            "scales": scales.T.contiguous(),
+            "zeros": unpack(zeros).T.contiguous(),
+        }
+        return QuantizedTensor(info.scheme, info.shape, arrays)
+
+
+class AWQFormat:
+    """Reader and writer of AWQ GEMM folders."""
+
+    name = "awq"
+    summary = "AWQ GEMM, 4-bit: vLLM, SGLang, transformers with GPTQModel"
+
+    def sniff(self, path: Path) -> bool:
+        """Returns whether the folder's config names AWQ."""
+        if not is_folder(path) or not (path / "config.json").is_file():
+            return False
+        block = read_json(path / "config.json").get("quantization_config")
+        return isinstance(block, dict) and block.get("quant_method") == "awq"
+
+    def open(self, path: Path) -> Checkpoint:
+        """Returns the folder as a checkpoint."""
+        return AWQCheckpoint(path)
+
+    def reject(self, scheme: Scheme) -> str | None:
+        """Returns a reason for grids other than 4-bit affine ones."""
+        if isinstance(scheme, Plain):
+            return None
+        if not isinstance(scheme, AffineInt) or scheme.bits != 4:
+            return "AWQ holds 4-bit integers only"
+        if scheme.group_size not in (-1, 16, 32, 64, 128):
+            return "AWQ readers take group sizes 16, 32, 64, 128 and -1"
+        return None
+
+    def pieces(self, name: str, shape: Shape, scheme: Scheme) -> list[Piece]:
+        """Returns qweight, qzeros and scales of a quantized linear, or the tensor itself."""
+        if isinstance(scheme, Plain):
+            return [Piece(name, scheme.dtype, shape)]
+        assert isinstance(scheme, AffineInt)
+        (rows, cols), module = shape, name.removesuffix(".weight")
+        groups = cols // scheme.group(cols)
+        return [
+            Piece(f"{module}.qweight", torch.int32, (cols, rows // 8)),
+            Piece(f"{module}.qzeros", torch.int32, (groups, rows // 8)),
+            Piece(f"{module}.scales", torch.float16, (groups, rows)),
+        ]
+
+    def refuse_shape(self, name: str, shape: Shape) -> str | None:
+        """Returns why a matrix cannot be packed, or None: eight outputs share a word."""
+        if not name.endswith(".weight"):
+            return "its name does not end in .weight"
+        return None if shape[0] % 8 == 0 else f"its height {shape[0]} is no multiple of 8"
+
+    def pack(self, name: str, coded: QuantizedTensor) -> dict[str, Tensor]:
+        """Returns the packed arrays, input-major."""
+        if isinstance(coded.scheme, Plain):
+            return {name: coded.arrays["values"]}
+        module = name.removesuffix(".weight")
+        return {
+            f"{module}.qweight": pack(coded.arrays["codes"].T),
+            f"{module}.qzeros": pack(coded.arrays["zeros"].T),
+            f"{module}.scales": coded.arrays["scales"].T.contiguous(),
+        }
+
+    def quantization_config(self, schemes: Mapping[str, Scheme]) -> dict[str, Any]:
+        """Returns the block that transformers, vLLM and SGLang read; unquantized linears as full module names."""
+        groups = {s.group_size for s in schemes.values() if isinstance(s, AffineInt)}
+        assert len(groups) == 1, groups  # the plan gives one group size to the whole file
+        kept = sorted(n.removesuffix(".weight") for n, s in schemes.items() if isinstance(s, Plain))
+        return {
+            "quant_method": "awq",
+            "bits": 4,
+            "group_size": groups.pop(),
+            "zero_point": True,
+            "version": "gemm",
+            "modules_to_not_convert": kept or None,
+        }
+
+    def bound_together(self, names: Sequence[str]) -> list[tuple[str, ...]]:
+        """Returns vLLM's fused linears: q/k/v and gate/up of one parent must be all quantized or all not."""
+        present, groups = set(names), []
+        for leaves in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+            for name in names:
+                if name.endswith(f".{leaves[0]}.weight"):
+                    stem = name.removesuffix(f"{leaves[0]}.weight")
+                    group = tuple(f"{stem}{leaf}.weight" for leaf in leaves)
+                    groups.append(tuple(member for member in group if member in present))
+        return [group for group in groups if len(group) > 1]

@@ -1,0 +1,67 @@
+"""Affine integer grids in torch: extremes, grid, rounding and back.
+
+All functions take groups along the last dimension and never change their inputs. Arithmetic is float32. The grid is
+built from the scale *as it will be stored* (float16), so that codes are chosen against the values a reader sees.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# The largest and the smallest positive float16: a stored scale must be neither inf nor 0.
+_SCALE_MAX = 65504.0
+_SCALE_MIN = 2.0**-24
+
+
+def extremes(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Returns the least and the greatest value of each group, both stretched to include 0.
+
+    Args:
+        weight: float32 `[rows, cols]`, `cols` a multiple of `group`.
+        group: Columns per group.
+
+    Returns:
+        Two float32 tensors `[rows, cols // group]`. Zero is included because a group of one sign would otherwise
+        need a zero point outside the code range.
+    """
+    low, high = weight.unflatten(-1, (-1, group)).aminmax(dim=-1)
+    return low.clamp_max_(0), high.clamp_min_(0)
+
+
+def grid(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Returns scale and zero code of grids that span `low <= 0 <= high`.
+
+    Returns:
+        `(scales, zeros)`, both float32 of the shape of `low`; scales hold float16 values, zeros whole numbers in
+        `0 .. 2**bits - 1`. A group of zeros gets scale 1.
+    """
+    top = 2**bits - 1
+    middle = 2 ** (bits - 1)
+    if symmetric:
+        span = torch.maximum(high / (top - middle), low / -middle)
+    else:
+        span = (high - low) / top
+    scales = span.clamp(_SCALE_MIN, _SCALE_MAX).half().float()
+    scales = torch.where((low == 0) & (high == 0), torch.ones_like(scales), scales)
+    zeros = torch.full_like(scales, middle) if symmetric else (-low / scales).round_().clamp_(0, top)
+    return scales, zeros
+
+
+def round_to_codes(weight: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
+    """Returns the nearest code of each weight, float32 whole numbers `[rows, cols]` in `0 .. 2**bits - 1`."""
+    groups = weight.unflatten(-1, (scales.shape[-1], -1))
+    codes = (groups / scales.unsqueeze(-1)).round_().add_(zeros.unsqueeze(-1)).clamp_(0, 2**bits - 1)
+    return codes.flatten(-2)
+
+
+def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    """Returns `(codes - zeros) * scales` as float32 `[rows, cols]`; scales and zeros are `[rows, groups]`."""
+    groups = codes.unflatten(-1, (scales.shape[-1], -1)).float()
+    return ((groups - zeros.float().unsqueeze(-1)) * scales.float().unsqueeze(-1)).flatten(-2)
+
+
+def round_trip(weight: Tensor, low: Tensor, high: Tensor, bits: int, symmetric: bool) -> Tensor:
+    """Returns what `weight` reads back as after coding on grids that span `low` to `high`; float32, same shape."""
+    scales, zeros = grid(low, high, bits, symmetric)
+    return dequantize(round_to_codes(weight, scales, zeros, bits), scales, zeros)

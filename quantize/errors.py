@@ -1,0 +1,81 @@
+"""The errors that end a command, each with its exit code.
+
+QuantizeError                1   unexpected
+├── UsageError               2   options that contradict, a pattern that matches nothing, an output that exists
+├── InputError               3   a model, file or text that is missing, broken, unsupported or gated
+├── ResourceError            4   memory or disk; work is saved and can be resumed
+├── QualityError             5   a quality limit was exceeded
+├── InconclusiveError        6   a gate could not decide and was asked to fail then
+└── VerificationError        7   the written output does not read back as planned
+
+130 (interrupted) is not an error of ours: the command line maps KeyboardInterrupt to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class QuantizeError(Exception):
+    """Base of all errors meant for the user: one line that says what and where, and one that says what next.
+
+    Attributes:
+        message: What went wrong, naming file and tensor.
+        hint: What to do next; may be empty.
+        exit_code: The process exit code that this kind of error ends in.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message} ({self.hint})" if self.hint else self.message
+
+
+class UsageError(QuantizeError):
+    """The command itself cannot be carried out as given."""
+
+    exit_code = 2
+
+
+class InputError(QuantizeError):
+    """A model, file or text cannot be used."""
+
+    exit_code = 3
+
+
+class ResourceError(QuantizeError):
+    """Memory or disk does not suffice."""
+
+    exit_code = 4
+
+
+class QualityError(QuantizeError):
+    """A quality limit was exceeded."""
+
+    exit_code = 5
+
+
+class InconclusiveError(QuantizeError):
+    """A gate could not decide and was asked to fail in that case."""
+
+    exit_code = 6
+
+
+class VerificationError(QuantizeError):
+    """The written output does not read back as planned."""
+
+    exit_code = 7
+
+
+def unknown_name(kind: str, name: str, choices: Iterable[str]) -> UsageError:
+    """Returns the error for a `kind` called `name` that does not exist, listing the nearest or all `choices`."""
+    known = sorted(choices)
+    close = get_close_matches(name, known, n=1)
+    hint = f"did you mean '{close[0]}'?" if close else f"choose from: {', '.join(known)}"
+    return UsageError(f"unknown {kind} '{name}'", hint)

@@ -1,0 +1,219 @@
+"""Schemes: on which grid one weight tensor lives, and the tensors coded on such a grid.
+
+A scheme is a frozen value with no names and no I/O. `str(scheme)` is its spelling in recipes, plans and cards, and
+`parse_scheme` reads it back.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from quantize.errors import UsageError
+from quantize.kernels import affine
+
+Shape = tuple[int, ...]
+
+
+@runtime_checkable
+class Scheme(Protocol):
+    """The grid of one weight tensor of logical shape `[..., in_features]`."""
+
+    @property
+    def block(self) -> int:
+        """Weights along the input dimension that share one fitted scale; 1 where nothing is shared, -1 for a row."""
+
+    @property
+    def unit(self) -> int:
+        """Weights along the input dimension that are coded together."""
+
+    def bits_per_weight(self, shape: Shape) -> float:
+        """Returns the stored bits per weight of a tensor of `shape`, scales and zero points included."""
+
+    def reject(self, shape: Shape) -> str | None:
+        """Returns why a tensor of `shape` cannot lie on this grid, or None when it can."""
+
+    def encode(self, weight: Tensor) -> QuantizedTensor:
+        """Returns float `weight` rounded to the nearest points of a grid fitted to it; `weight` is not changed."""
+
+    def decode(self, coded: QuantizedTensor) -> Tensor:
+        """Returns the float32 values of `coded`, which must be of this scheme."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class QuantizedTensor:
+    """A tensor coded under a scheme.
+
+    Attributes:
+        scheme: The grid.
+        shape: Logical shape `[out_features, in_features]`.
+        arrays: The scheme's own arrays; `AffineInt` documents its three.
+    """
+
+    scheme: Scheme
+    shape: Shape
+    arrays: Mapping[str, Tensor]
+
+    def dequantize(self) -> Tensor:
+        """Returns the float32 values, shape `shape`: the one truth that writers, kernels and evaluator agree on."""
+        return self.scheme.decode(self)
+
+
+_DTYPES: dict[str, torch.dtype] = {
+    "f64": torch.float64,
+    "f32": torch.float32,
+    "f16": torch.float16,
+    "bf16": torch.bfloat16,
+    "f8_e4m3": torch.float8_e4m3fn,
+    "f8_e5m2": torch.float8_e5m2,
+    "i64": torch.int64,
+    "i32": torch.int32,
+    "i16": torch.int16,
+    "i8": torch.int8,
+    "u8": torch.uint8,
+    "bool": torch.bool,
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Returns the recipe spelling of `dtype`, such as `bf16`."""
+    return _DTYPE_NAMES.get(dtype, str(dtype).removeprefix("torch."))
+
+
+@dataclass(frozen=True, slots=True)
+class Plain:
+    """No grid: values as they are in `dtype`."""
+
+    dtype: torch.dtype
+
+    block = 1
+    unit = 1
+
+    def __str__(self) -> str:
+        return dtype_name(self.dtype)
+
+    def bits_per_weight(self, shape: Shape) -> float:
+        """Returns the bits of one element."""
+        return self.dtype.itemsize * 8.0
+
+    def reject(self, shape: Shape) -> str | None:
+        """Returns None: every shape can be stored plainly."""
+        return None
+
+    def encode(self, weight: Tensor) -> QuantizedTensor:
+        """Returns `weight` cast to `dtype`, round to nearest even."""
+        return QuantizedTensor(self, tuple(weight.shape), {"values": weight.to(self.dtype).contiguous()})
+
+    def decode(self, coded: QuantizedTensor) -> Tensor:
+        """Returns the values as float32."""
+        return coded.arrays["values"].float()
+
+
+@dataclass(frozen=True, slots=True)
+class AffineInt:
+    """Integer codes with one scale and one zero point per group of inputs: `w = (code - zero) * scale`.
+
+    Arrays of a coded tensor of shape `[rows, cols]`, with `groups = cols // group`:
+    `codes` uint8 `[rows, cols]` in `0 .. 2**bits - 1`; `scales` float16 `[rows, groups]`; `zeros` uint8
+    `[rows, groups]`, the true zero code (the middle code everywhere when symmetric).
+
+    Attributes:
+        bits: Code width, 2 to 8.
+        group_size: Inputs that share a scale; -1 for a whole row.
+        symmetric: Whether the zero point is fixed to the middle code.
+    """
+
+    bits: int
+    group_size: int = 128
+    symmetric: bool = False
+
+    unit = 1
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise UsageError(f"{self.bits} bits is no integer scheme", "choose 2 to 8 bits")
+        if self.group_size != -1 and self.group_size < 8:
+            raise UsageError(
+                f"group size {self.group_size} is too small", "choose 16, 32, 64, 128 or -1 (a row)"
+            )
+
+    def __str__(self) -> str:
+        group = "row" if self.group_size == -1 else f"g{self.group_size}"
+        return f"int{self.bits}-{group}{'-sym' if self.symmetric else ''}"
+
+    @property
+    def block(self) -> int:
+        """Inputs that share a scale, or -1 for a whole row."""
+        return self.group_size
+
+    def group(self, cols: int) -> int:
+        """Returns the number of inputs that share a scale in a row of `cols`."""
+        return cols if self.group_size == -1 else self.group_size
+
+    def bits_per_weight(self, shape: Shape) -> float:
+        """Returns code bits plus a float16 scale and a zero of `bits` bits, spread over the group."""
+        return self.bits + (16 + self.bits) / self.group(shape[-1])
+
+    def reject(self, shape: Shape) -> str | None:
+        """Returns a reason for tensors that are not matrices or whose width the group does not divide."""
+        if len(shape) != 2:
+            return f"{len(shape)}-dimensional, not a matrix"
+        if shape[-1] == 0 or shape[-1] % self.group(shape[-1]):
+            return f"its width {shape[-1]} is no multiple of the group size {self.group_size}"
+        return None
+
+    def encode(self, weight: Tensor) -> QuantizedTensor:
+        """Returns `weight` `[rows, cols]` rounded on grids that just hold each group's extremes and zero."""
+        low, high = affine.extremes(weight.float(), self.group(weight.shape[-1]))
+        return self.encode_within(weight, low, high)
+
+    def encode_within(self, weight: Tensor, low: Tensor, high: Tensor) -> QuantizedTensor:
+        """Returns `weight` rounded on grids that span `low` to `high`; values outside saturate.
+
+        Args:
+            weight: Float `[rows, cols]`.
+            low: float32 `[rows, groups]`, at most 0.
+            high: float32 `[rows, groups]`, at least 0.
+        """
+        scales, zeros = affine.grid(low, high, self.bits, self.symmetric)
+        codes = affine.round_to_codes(weight.float(), scales, zeros, self.bits)
+        arrays = {
+            "codes": codes.to(torch.uint8),
+            "scales": scales.to(torch.float16),
+            "zeros": zeros.to(torch.uint8),
+        }
+        return QuantizedTensor(self, tuple(weight.shape), arrays)
+
+    def decode(self, coded: QuantizedTensor) -> Tensor:
+        """Returns `(codes - zeros) * scales`, float32 `[rows, cols]`."""
+        return affine.dequantize(coded.arrays["codes"], coded.arrays["scales"], coded.arrays["zeros"])
+
+
+def _affine(match: re.Match[str]) -> Scheme:
+    group = -1 if match["group"] == "row" else int(match["group"].removeprefix("g"))
+    return AffineInt(int(match["bits"]), group, match["sym"] is not None)
+
+
+# One row per family of grids: its spelling and how to build it from the match.
+_SPELLINGS: list[tuple[str, Callable[[re.Match[str]], Scheme]]] = [
+    (r"int(?P<bits>\d+)-(?P<group>g\d+|row)(?P<sym>-sym)?", _affine),
+    ("|".join(_DTYPES), lambda match: Plain(_DTYPES[match[0]])),
+]
+
+
+def parse_scheme(text: str) -> Scheme:
+    """Returns the scheme spelt `text`; the inverse of `str(scheme)`.
+
+    Raises:
+        UsageError: `text` is no scheme.
+    """
+    for pattern, build in _SPELLINGS:
+        if match := re.fullmatch(pattern, text.strip().lower()):
+            return build(match)
+    raise UsageError(f"'{text}' is no scheme", "write int4-g128, int4-g64-sym, int8-row, bf16, f16, f32 or keep")
