@@ -9,12 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from quantize.errors import UsageError
+from quantize.errors import InputError, UsageError
 from quantize.kernels import affine
 
 Shape = tuple[int, ...]
@@ -195,6 +196,80 @@ class AffineInt:
         return affine.dequantize(coded.arrays["codes"], coded.arrays["scales"], coded.arrays["zeros"])
 
 
+@dataclass(frozen=True, slots=True)
+class GGMLBlock:
+    """A block grid of GGML, as GGUF files hold it: sizes and decoding come from the gguf package.
+
+    A coded tensor of shape `[..., cols]` has one array, `blocks`: uint8 `[..., cols // block * block_bytes]`,
+    the blocks of each row back to back as in the file.
+
+    Attributes:
+        type: GGML's name of the grid in lower case, such as `q4_1`, `q6_k`, `iq3_xxs`.
+    """
+
+    type: str
+
+    def __post_init__(self) -> None:
+        if self.type not in _ggml_types():
+            raise UsageError(f"'{self.type}' is no GGML type", f"choose from: {', '.join(_ggml_types())}")
+
+    def __str__(self) -> str:
+        return self.type
+
+    @property
+    def block(self) -> int:
+        """Weights of a block (32 to 256): they share a scale, super-blocks one scale of scales."""
+        return _ggml_types()[self.type][0]
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block."""
+        return _ggml_types()[self.type][1]
+
+    @property
+    def unit(self) -> int:
+        """Weights that one codebook entry stands for; 1 for grids without a codebook."""
+        return {"iq1": 8, "iq2": 8, "iq3": 4}.get(self.type[:3], 1)
+
+    def bits_per_weight(self, shape: Shape) -> float:
+        """Returns the bits of a block spread over its weights."""
+        return self.block_bytes * 8 / self.block
+
+    def reject(self, shape: Shape) -> str | None:
+        """Returns a reason for tensors whose width is not a whole number of blocks."""
+        if not shape or shape[-1] == 0 or shape[-1] % self.block:
+            width = shape[-1] if shape else 0
+            return f"its width {width} is no multiple of the block size {self.block} of {self.type}"
+        return None
+
+    def encode(self, weight: Tensor) -> QuantizedTensor:
+        """Raises UsageError: there are no encoders yet."""
+        raise UsageError(f"{self.type} cannot be written yet", "choose an integer scheme such as int4-g128")
+
+    def decode(self, coded: QuantizedTensor) -> Tensor:
+        """Returns the float32 values.
+
+        Raises:
+            InputError: the installed gguf package knows the type but cannot decode it.
+        """
+        from gguf import GGMLQuantizationType, dequantize
+
+        try:
+            values = dequantize(coded.arrays["blocks"].numpy(), GGMLQuantizationType[self.type.upper()])
+        except NotImplementedError:
+            message = f"this version of the gguf package cannot decode {self.type}"
+            raise InputError(message, "pip install -U gguf") from None
+        return torch.from_numpy(values).reshape(coded.shape)
+
+
+@cache
+def _ggml_types() -> dict[str, tuple[int, int]]:
+    """The block grids that the gguf package knows: name to weights and bytes of a block."""
+    from gguf import GGML_QUANT_SIZES  # here, because it takes longer to import than most commands to answer
+
+    return {t.name.lower(): (block, size) for t, (block, size) in GGML_QUANT_SIZES.items() if block > 1}
+
+
 def _affine(match: re.Match[str]) -> Scheme:
     group = -1 if match["group"] == "row" else int(match["group"].removeprefix("g"))
     return AffineInt(int(match["bits"]), group, match["sym"] is not None)
@@ -204,6 +279,7 @@ def _affine(match: re.Match[str]) -> Scheme:
 _SPELLINGS: list[tuple[str, Callable[[re.Match[str]], Scheme]]] = [
     (r"int(?P<bits>\d+)-(?P<group>g\d+|row)(?P<sym>-sym)?", _affine),
     ("|".join(_DTYPES), lambda match: Plain(_DTYPES[match[0]])),
+    (r"i?q\d_\w+|tq\d_0|(mx|nv)fp4", lambda match: GGMLBlock(match[0])),
 ]
 
 
