@@ -29,10 +29,10 @@ _PARTS = (".qweight", ".qzeros", ".scales")
 
 def pack(codes: Tensor) -> Tensor:
     """Returns 4-bit codes `[rows, cols]` (values 0 to 15) as int32 words `[rows, cols / 8]`; undone by `unpack`."""
-    nibbles = codes.to(torch.int64).unflatten(-1, (-1, 8))[..., list(ORDER)]
-    # Distinct bits, so the sum is their union; in 64 bits because bit 31 would be the sign.
-    words = (nibbles << _SHIFTS.to(torch.int64)).sum(-1)
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+    words = torch.zeros(codes.shape[0], codes.shape[1] // 8, dtype=torch.int32)
+    for nibble, column in enumerate(ORDER):
+        words |= codes[:, column::8].to(torch.int32) << 4 * nibble  # bit 31 is the sign: it wraps as it should
+    return words
 
 
 def unpack(words: Tensor) -> Tensor:
@@ -107,6 +107,7 @@ class AWQFormat:
 
     name = "awq"
     summary = "AWQ GEMM, 4-bit: vLLM, SGLang, transformers with GPTQModel"
+    one_group = True
 
     def sniff(self, path: Path) -> bool:
         """Returns whether the folder's config names AWQ."""
@@ -142,7 +143,7 @@ class AWQFormat:
             Piece(f"{module}.scales", torch.float16, (groups, rows)),
         ]
 
-    def refuse_shape(self, name: str, shape: Shape) -> str | None:
+    def refuse_tensor(self, name: str, shape: Shape) -> str | None:
         """Returns why a matrix cannot be packed, or None: eight outputs share a word."""
         if not name.endswith(".weight"):
             return "its name does not end in .weight"

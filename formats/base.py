@@ -57,6 +57,10 @@ class Checkpoint(Protocol):
     def tensors(self) -> Mapping[str, TensorInfo]:
         """All logical tensors, in file order."""
 
+    @property
+    def dropped(self) -> Mapping[str, str]:
+        """Stored tensors that are left out on read, each with the rule that says so."""
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Returns rows `start` to `stop` of a tensor: in its own dtype when plain, dequantized to float32 when not.
 
@@ -96,6 +100,10 @@ class Format(Protocol):
     def summary(self) -> str:
         """One line: which engines load it."""
 
+    @property
+    def one_group(self) -> bool:
+        """Whether the whole file has one group size."""
+
     def sniff(self, path: Path) -> bool:
         """Returns whether `path` holds this format, from names and headers alone."""
 
@@ -108,6 +116,9 @@ class Format(Protocol):
 
     def reject(self, scheme: Scheme) -> str | None:
         """Returns why no tensor on `scheme` can be written in this format, or None when it can."""
+
+    def refuse_tensor(self, name: str, shape: Shape) -> str | None:
+        """Returns why this tensor cannot be quantized in this format whatever the scheme, or None when it can."""
 
     def pieces(self, name: str, shape: Shape, scheme: Scheme) -> list[Piece]:
         """Returns the arrays that tensor `name` of `shape` becomes, from the header alone."""

@@ -128,7 +128,9 @@ class FolderCheckpoint:
         self.path = path
         self.config = read_json(path / "config.json")
         self.quantization: dict[str, Any] = self.config.pop("quantization_config", None) or {}
-        self.extents = {n: e for n, e in read_extents(path).items() if not n.endswith(_BUFFERS)}
+        stored = read_extents(path)
+        self.dropped = {n: "a buffer that engines compute" for n in stored if n.endswith(_BUFFERS)}
+        self.extents = {n: e for n, e in stored.items() if n not in self.dropped}
         if not self.extents:
             raise InputError(f"{path}: its safetensors files hold no tensors")
 

@@ -19,6 +19,7 @@ class HFFormat:
 
     name = "hf"
     summary = "plain safetensors folder: transformers, vLLM, SGLang, llama.cpp's converter, mlx-lm"
+    one_group = False
 
     def sniff(self, path: Path) -> bool:
         """Returns whether `path` is a model folder; quantized kinds are asked before this one."""
@@ -42,6 +43,10 @@ class HFFormat:
         """Returns the tensor itself."""
         assert isinstance(scheme, Plain)
         return [Piece(name, scheme.dtype, shape)]
+
+    def refuse_tensor(self, name: str, shape: Shape) -> str | None:
+        """Returns None: everything fits."""
+        return None
 
     def pack(self, name: str, coded: QuantizedTensor) -> dict[str, Tensor]:
         """Returns the values."""

@@ -1,0 +1,137 @@
+"""Opening a source model wherever it is: a folder, a file, or a repository on the hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantize import formats
+from quantize.errors import InputError, UsageError
+from quantize.formats.base import Checkpoint
+from quantize.rewrites import merge_adapters
+from quantize.schemes import Plain
+
+_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "*.md", "LICENSE*",
+             "additional_chat_templates/*"]  # fmt: skip
+
+
+def open_checkpoint(model: str | Path | None, adapters: tuple[str, ...] = ()) -> Checkpoint:
+    """Returns the checkpoint that `model` names, with adapters merged on read.
+
+    Args:
+        model: A folder, a .gguf file, or a hub id `OWNER/NAME[@REVISION]`; None for the current folder.
+        adapters: LoRA folders, `DIR` or `DIR:SCALE`.
+
+    Raises:
+        InputError: there is no such model, or it is broken or unreadable.
+    """
+    path = locate(model)
+    checkpoint = formats.find(path).open(path)
+    return merge_adapters(checkpoint, adapters) if adapters else checkpoint
+
+
+def locate(model: str | Path | None) -> Path:
+    """Returns the local path of a model, downloading it from the hub if that is where it is.
+
+    Raises:
+        UsageError: nothing was named and the current folder holds no model.
+        InputError: it exists neither here nor on the hub.
+    """
+    if model is None:
+        here = Path.cwd()
+        if any(candidate.sniff(here) for candidate in formats.FORMATS.values()):
+            return here
+        raise UsageError(
+            "no model named, and the current folder holds none",
+            "name a folder, a .gguf file or a hub id: quantize run MODEL --method awq --bits 4",
+        )
+    path = Path(model).expanduser()
+    if path.exists():
+        return path
+    text = str(model)
+    if path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1 or not text.strip("/"):
+        raise InputError(f"{text}: no such file or folder")
+    return _download(text)
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    repository, _, revision = name.partition("@")
+    try:
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=_PATTERNS))
+    except GatedRepoError as error:
+        raise InputError(
+            f"{name}: gated on the hub", "accept its terms there, then set HF_TOKEN or run 'hf auth login'"
+        ) from error
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+        raise InputError(
+            f"{name}: neither a local path nor a model on the hub", "a private one needs HF_TOKEN"
+        ) from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise InputError(f"{name}: no such path, and not in the hub cache while the hub is out of reach") from error
+    except (HfHubHTTPError, OSError) as error:
+        raise InputError(f"{name}: the hub did not deliver it: {str(error).splitlines()[0]}") from error
+
+
+def is_quantized(checkpoint: Checkpoint) -> bool:
+    """Returns whether any tensor of the source lies on a grid already."""
+    return any(not isinstance(info.scheme, Plain) for info in checkpoint.tensors.values())
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """Returns a hash of the config, the headers and a row of every tensor: enough to tell two models apart."""
+    digest = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True, default=str).encode())
+    for info in checkpoint.tensors.values():
+        digest.update(f"{info.name} {info.shape} {info.scheme}\n".encode())
+        sample = checkpoint.read(info.name, 0, 1) if info.shape else checkpoint.read(info.name)
+        digest.update(sample.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Returns what a checkpoint holds as plain values: the content of `quantize inspect`."""
+    schemes: dict[str, dict[str, float]] = {}
+    weights = nbytes = 0
+    for info in checkpoint.tensors.values():
+        count = int(torch.Size(info.shape).numel())
+        row = schemes.setdefault(str(info.scheme), {"tensors": 0, "weights": 0, "bytes": 0})
+        row["tensors"] += 1
+        row["weights"] += count
+        row["bytes"] += info.nbytes
+        weights += count
+        nbytes += info.nbytes
+    for row in schemes.values():
+        row["bits_per_weight"] = round(row["bytes"] * 8 / max(1, row["weights"]), 4)
+    return {
+        "path": str(checkpoint.path),
+        "format": checkpoint.format,
+        "architectures": checkpoint.config.get("architectures"),
+        "model_type": checkpoint.config.get("model_type"),
+        "quantization": checkpoint.quantization,
+        "metadata": getattr(checkpoint, "metadata", {}),
+        "tensors": len(checkpoint.tensors),
+        "weights": weights,
+        "bytes": nbytes,
+        "bits_per_weight": round(nbytes * 8 / max(1, weights), 4),
+        "schemes": schemes,
+        "side_files": sorted(checkpoint.side_files),
+        "dropped": dict(checkpoint.dropped),
+        "each": [
+            {"name": i.name, "shape": list(i.shape), "scheme": str(i.scheme), "bytes": i.nbytes}
+            for i in checkpoint.tensors.values()
+        ],
+    }

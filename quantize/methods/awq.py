@@ -1,0 +1,255 @@
+"""AWQ: scale input channels before rounding, clip groups, then round to nearest.
+
+Lin et al. 2023, arXiv 2306.00978. A positive scale s per input channel makes important columns finer on the grid,
+`Q(W diag(s)) diag(s)^-1`, and `diag(s)^-1` is folded into what produces the input. Where the authors run the module
+for each candidate, the error is computed here from the Hessian H of the input alone: the output's squared error is
+`tr((Q - W) H (Q - W)^T)`, summed over the linears that share the input. No scaling is always a candidate and wins
+ties, so the result is never worse than rounding to nearest on this measure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantize.kernels import affine
+from quantize.methods.base import ROWS, Block, Result, encode
+from quantize.parallel import Pool, spans
+from quantize.schemes import AffineInt, QuantizedTensor, Scheme
+from quantize.statistics import Statistics
+from quantize.structure import Fold, Input, fold_all
+
+_GRID = 20
+# Rows that judge a candidate scale, evenly spread over the consumers: the scale is shared by all rows, and more rows
+# changed the choice in no block that was tried.
+_JUDGES = 1024
+# Factors on a group's extremes. Below a half nothing was ever chosen at 4 bits.
+_SHRINK = tuple(1.0 - step / 20 for step in range(1, 11))
+
+
+class AWQ:
+    """Activation-aware scaling and clipping for affine integer grids."""
+
+    name = "awq"
+    summary = "channel scales and clipping from activations, then round to nearest; minutes"
+    calibrates = True
+
+    def reject(self, scheme: Scheme) -> str | None:
+        """Returns a reason for grids that are not affine integers: clipping moves their extremes."""
+        return None if isinstance(scheme, AffineInt) else "awq clips affine integer grids only"
+
+    def quantize(self, block: Block, pool: Pool) -> Result:
+        """Returns the block scaled, clipped and rounded."""
+        scales: dict[str, Tensor] = {}
+        notes: list[str] = []
+        for item in block.inputs:
+            found = _search(item, block, pool)
+            if found.note:
+                notes.append(f"{block.name}: {found.note}")
+            if found.scale is not None:
+                scales[item.name] = found.scale
+        while True:
+            coded, changed, worse = _round(block, scales, pool)
+            if not worse:
+                break
+            for name in worse:  # the sampled rows misjudged this one: no scale cannot be worse
+                del scales[name]
+        lost = sorted(set(block.schemes) - {n for item in block.inputs for n in item.consumers if n in coded})
+        for name in lost:
+            notes.append(f"{name}: saw no calibration token, rounded to nearest")
+            coded[name] = encode(block.schemes[name], changed.get(name, block.weights[name]), pool)
+        plain = {name: value for name, value in changed.items() if name not in block.schemes}
+        targets = {name: value for name, value in changed.items() if name in block.schemes}
+        return Result(coded, plain, targets, tuple(notes))
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A scale per producer row, or None for no scaling, and what went wrong, if anything."""
+
+    scale: Tensor | None
+    note: str = ""
+
+
+def _search(item: Input, block: Block, pool: Pool) -> _Found:
+    """Returns the best scale of one input."""
+    statistics = block.statistics.get(item.name)
+    consumers = [name for name in item.consumers if name in block.schemes]
+    if item.fold is None or statistics is None or not consumers:
+        return _Found(None)
+    channels = item.fold.row_of(item.width)
+    judges = [_judges(block.weights[name], len(consumers)) for name in consumers]
+    schemes = [block.schemes[name] for name in consumers]
+
+    def loss(rows: Tensor | None) -> float:
+        total = 0.0
+        for weight, scheme in zip(judges, schemes, strict=True):
+            assert isinstance(scheme, AffineInt)
+            columns = torch.ones(item.width) if rows is None else rows[channels]
+            scaled = weight * columns
+            low, high = affine.extremes(scaled, scheme.group(item.width))
+            error = affine.round_trip(scaled, low, high, scheme.bits, scheme.symmetric) / columns - weight
+            total += float(_quadratic(error, statistics.hessian).double().sum())
+        return total
+
+    candidates = [None, *_candidates(item, statistics, judges, schemes[0])]
+    candidates = [c if c is None else _storable(item.fold, c, block) for c in candidates]
+    losses = list(pool.map(loss, candidates))
+    finite = [(value, index) for index, value in enumerate(losses) if value == value and value != float("inf")]
+    if not finite:
+        return _Found(None, f"no finite error for {item.name}, kept unscaled")
+    return _Found(candidates[min(finite)[1]])
+
+
+def _judges(weight: Tensor, consumers: int) -> Tensor:
+    """Returns evenly spread rows of one of `consumers` matrices."""
+    step = max(1, len(weight) * consumers // _JUDGES)
+    return weight[::step]
+
+
+def _candidates(item: Input, statistics: Statistics, judges: list[Tensor], scheme: Scheme) -> Iterator[Tensor]:
+    """Yields scales per producer row: the paper's `x^r` and AutoAWQ's `x^r / w^(1-r)`, r from 0 to 1."""
+    assert item.fold is not None and isinstance(scheme, AffineInt)
+    x = _by_row(statistics.mean_abs, item.fold)
+    parts = torch.cat([weight.abs().unflatten(-1, (-1, scheme.group(item.width))) for weight in judges])
+    w = _by_row((parts / (parts.amax(-1, keepdim=True) + 1e-6)).flatten(-2).mean(0), item.fold)
+    for step in range(_GRID + 1):
+        r = step / _GRID
+        for scale in (x.pow(r), x.pow(r) / (w.pow(1 - r) + 1e-4)):
+            scale = scale.clamp_min(1e-4)
+            scale = scale / (scale.max() * scale.min()).sqrt()
+            yield torch.where(scale.isfinite() & (scale > 0), scale, 1.0)
+
+
+def _by_row(values: Tensor, fold: Fold) -> Tensor:
+    """Returns the mean of channel `values` `[width]` over the channels that each producer row feeds."""
+    rows = fold.row_of(len(values))
+    count = int(rows.max()) + 1
+    return torch.zeros(count).index_add_(0, rows, values) / torch.bincount(rows, minlength=count)
+
+
+def _storable(fold: Fold, scale: Tensor, block: Block) -> Tensor:
+    """Returns the scale that the producer, rounded to the dtype it is stored in, really takes back.
+
+    A norm's gain in bfloat16 carries 8 bits: the consumers are scaled by what it became, not by what was meant.
+    """
+    weight = block.weights[fold.producer]
+    if weight.dim() != 1 or fold.producer in block.schemes:
+        return scale
+    shift = 1.0 if fold.offset else 0.0
+    before = weight[fold.start : fold.start + len(scale)] + shift
+    new = fold.apply(block.weights, scale)[fold.producer][fold.start : fold.start + len(scale)]
+    after = new.to(block.dtypes[fold.producer]).float() + shift
+    exact = before / after
+    return torch.where((after != 0) & (before != 0) & exact.isfinite(), exact, scale)
+
+
+def _round(
+    block: Block, scales: Mapping[str, Tensor], pool: Pool
+) -> tuple[dict[str, QuantizedTensor], dict[str, Tensor], list[str]]:
+    """Returns coded tensors, folded tensors, and the inputs whose error is above that of rounding to nearest."""
+    changed = fold_all(block.inputs, block.weights, scales)
+    coded: dict[str, QuantizedTensor] = {}
+    worse: list[str] = []
+    for item in block.inputs:
+        statistics = block.statistics.get(item.name)
+        if statistics is None:
+            continue
+        columns = _columns(item, scales)
+        hessian = statistics.hessian / torch.outer(columns, columns)
+        before = after = 0.0
+        for name in (n for n in item.consumers if n in block.schemes):
+            weight = changed.get(name, block.weights[name])
+            coded[name], row_loss = _clip(weight, hessian, block.schemes[name], pool)
+            rows = _row_factors(name, block, scales)
+            after += float((row_loss * rows.square()).double().sum())
+            if item.name in scales:
+                before += _nearest_loss(block.weights[name], statistics.hessian, block.schemes[name], pool)
+        if item.name in scales and not after <= before:
+            worse.append(item.name)
+    return coded, changed, worse
+
+
+def _columns(item: Input, scales: Mapping[str, Tensor]) -> Tensor:
+    """Returns the scale of each channel of an input."""
+    if item.fold is None or item.name not in scales:
+        return torch.ones(item.width)
+    return scales[item.name][item.fold.row_of(item.width)]
+
+
+def _row_factors(name: str, block: Block, scales: Mapping[str, Tensor]) -> Tensor:
+    """Returns by what each row of a tensor was divided when it took another input's scale back."""
+    factors = torch.ones(len(block.weights[name]))
+    for item in block.inputs:
+        if item.fold is not None and item.fold.producer == name and item.name in scales:
+            scale = scales[item.name]
+            factors[item.fold.start : item.fold.start + len(scale)] *= scale
+    return factors
+
+
+def _clip(weight: Tensor, hessian: Tensor, scheme: Scheme, pool: Pool) -> tuple[QuantizedTensor, Tensor]:
+    """Returns `weight` rounded with each group's extremes shrunk where that lowers the error, and each row's error.
+
+    Groups choose by the diagonal blocks of the Hessian, `[group, group]` each; a row keeps its choices only if its
+    whole error, all of the Hessian counted, falls.
+    """
+    assert isinstance(scheme, AffineInt)
+    group = scheme.group(weight.shape[-1])
+    count = weight.shape[-1] // group
+    blocks = torch.stack([hessian[i * group : (i + 1) * group, i * group : (i + 1) * group] for i in range(count)])
+
+    def chunk(span: tuple[int, int]) -> tuple[QuantizedTensor, Tensor]:
+        part = weight[span[0] : span[1]]
+        low, high = affine.extremes(part, group)
+
+        def group_error(l: Tensor, h: Tensor) -> Tensor:
+            error = affine.round_trip(part, l, h, scheme.bits, scheme.symmetric) - part
+            columns = error.unflatten(-1, (count, group)).transpose(0, 1)  # [count, rows, group]
+            return (columns @ blocks).mul_(columns).sum(-1).T
+
+        best, factor_low, factor_high = group_error(low, high), torch.ones_like(low), torch.ones_like(high)
+        for f_low, f_high in _factors():
+            error = group_error(low * f_low, high * f_high)
+            better = error < best
+            best = torch.where(better, error, best)
+            factor_low = torch.where(better, f_low, factor_low)
+            factor_high = torch.where(better, f_high, factor_high)
+        plain = _row_errors(part, low, high, scheme, hessian)
+        clipped = _row_errors(part, low * factor_low, high * factor_high, scheme, hessian)
+        keep = (clipped < plain).unsqueeze(-1)
+        low = torch.where(keep, low * factor_low, low)
+        high = torch.where(keep, high * factor_high, high)
+        return scheme.encode_within(part, low, high), torch.minimum(plain, clipped)
+
+    parts = list(pool.map(chunk, spans(len(weight), ROWS)))
+    arrays = {key: torch.cat([coded.arrays[key] for coded, _ in parts]) for key in parts[0][0].arrays}
+    return QuantizedTensor(scheme, tuple(weight.shape), arrays), torch.cat([error for _, error in parts])
+
+
+def _factors() -> Iterable[tuple[float, float]]:
+    """Yields factors on the lower and the upper extreme: both together."""
+    return [(f, f) for f in _SHRINK]
+
+
+def _row_errors(weight: Tensor, low: Tensor, high: Tensor, scheme: AffineInt, hessian: Tensor) -> Tensor:
+    return _quadratic(affine.round_trip(weight, low, high, scheme.bits, scheme.symmetric) - weight, hessian)
+
+
+def _nearest_loss(weight: Tensor, hessian: Tensor, scheme: Scheme, pool: Pool) -> float:
+    """Returns the error of rounding to nearest without scale or clipping."""
+    assert isinstance(scheme, AffineInt)
+
+    def chunk(span: tuple[int, int]) -> float:
+        part = weight[span[0] : span[1]]
+        low, high = affine.extremes(part, scheme.group(part.shape[-1]))
+        return float(_row_errors(part, low, high, scheme, hessian).double().sum())
+
+    return sum(pool.map(chunk, spans(len(weight), ROWS)))
+
+
+def _quadratic(error: Tensor, hessian: Tensor) -> Tensor:
+    """Returns e H e^T of each row e; `[rows]`."""
+    return (error @ hessian).mul_(error).sum(-1)

@@ -1,0 +1,385 @@
+"""Every decision of a run, made from headers and config before the first weight is read."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantize.errors import InputError, ResourceError, UsageError
+from quantize.formats.base import Checkpoint, Format, Piece, TensorInfo
+from quantize.methods.base import Method
+from quantize.recipe import Rule, first_match
+from quantize.schemes import AffineInt, Plain, Scheme, Shape
+from quantize.skeleton import Skeleton
+
+# Where the group size goes when it does not divide every planned width.
+_SMALLER_GROUPS = (128, 64, 32)
+_SHARD_BYTES = 5_000_000_000
+# Interpreter, torch and transformers, measured.
+_BASE_BYTES = 450 * 2**20
+_SLACK_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What happens to one tensor.
+
+    Attributes:
+        name: Stored name.
+        shape: Logical shape.
+        source: The scheme that it is stored in.
+        scheme: The scheme that it gets.
+        rule: The named rule that says so.
+        fallback: Whether something else was asked for.
+    """
+
+    name: str
+    shape: Shape
+    source: Scheme
+    scheme: Scheme
+    rule: str
+    fallback: bool = False
+
+    @property
+    def quantized(self) -> bool:
+        """Whether it ends on a grid."""
+        return not isinstance(self.scheme, Plain)
+
+    @property
+    def count(self) -> int:
+        """Number of weights."""
+        return int(torch.Size(self.shape).numel())
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The decisions of a run.
+
+    Attributes:
+        format: Where the output goes.
+        method: How points are chosen; None for a plain conversion.
+        entries: One for each stored tensor, in file order.
+        dropped: Stored tensors left out, with the rule.
+        files: Arrays of each output file, in order, by file name.
+        notices: What the user should know, one line each.
+        peak_bytes: Estimated peak of anonymous memory.
+        free_bytes: Free disk space at the output.
+    """
+
+    format: Format
+    method: Method | None
+    entries: tuple[Entry, ...]
+    dropped: Mapping[str, str]
+    files: Mapping[str, tuple[Piece, ...]]
+    notices: tuple[str, ...]
+    peak_bytes: int
+    free_bytes: int
+
+    @property
+    def quantized(self) -> tuple[Entry, ...]:
+        """The entries that end on a grid."""
+        return tuple(entry for entry in self.entries if entry.quantized)
+
+    @property
+    def fallbacks(self) -> tuple[Entry, ...]:
+        """The entries that got something else than asked for."""
+        return tuple(entry for entry in self.entries if entry.fallback)
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of all output arrays."""
+        return sum(piece.nbytes for pieces in self.files.values() for piece in pieces)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight over the whole model."""
+        return self.output_bytes * 8 / max(1, sum(entry.count for entry in self.entries))
+
+    @property
+    def linear_bits_per_weight(self) -> float:
+        """Stored bits per weight over the quantized tensors only."""
+        weights = sum(entry.count for entry in self.quantized)
+        bits = sum(entry.count * entry.scheme.bits_per_weight(entry.shape) for entry in self.quantized)
+        return bits / max(1, weights)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a plan is asked for.
+
+    Attributes:
+        scheme: The grid of the quantizable linears of the blocks; None for a plain conversion.
+        method: How points are chosen; None for a plain conversion.
+        format: Where the output goes.
+        rules: The recipe; the first match wins over `scheme`.
+        dtype: What plain floating tensors become; None to keep them as stored.
+        fallback: Whether a smaller group or an unquantized tensor may stand in for what was asked.
+        samples: Rows of calibration text.
+        length: Tokens per row.
+        threads: Threads of the run, for the memory estimate.
+        activation_budget: Bytes of waiting activations kept in memory.
+    """
+
+    scheme: Scheme | None
+    method: Method | None
+    format: Format
+    rules: Sequence[Rule] = ()
+    dtype: torch.dtype | None = None
+    fallback: bool = True
+    samples: int = 0
+    length: int = 0
+    threads: int = 1
+    activation_budget: int = 2**31
+
+
+def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, request: Request, out: Path) -> Plan:
+    """Returns the plan of a run.
+
+    Raises:
+        UsageError: a rule matches nothing, a scheme cannot be held or chosen, or a fallback is needed and refused.
+        InputError: a stored tensor has no rule, or no tensor is left to quantize.
+    """
+    request, notices = _with_group(checkpoint, skeleton, request)
+    entries = _entries(checkpoint, skeleton, request)
+    _refuse(entries, request)
+    notices += _engine_notices(entries, request.format)
+    files = _files(entries, request.format)
+    free = shutil.disk_usage(_existing(out)).free
+    plan = Plan(
+        request.format, request.method, entries, dict(checkpoint.dropped), files, tuple(notices), 0, free
+    )
+    return replace(plan, peak_bytes=_peak(plan, skeleton, request))
+
+
+def require_space(plan: Plan, already: int = 0) -> None:
+    """Refuses a run whose output does not fit on the disk.
+
+    Args:
+        plan: The plan.
+        already: Bytes that an interrupted run has reserved.
+
+    Raises:
+        ResourceError: too little is free.
+    """
+    need = plan.output_bytes - already
+    if need > plan.free_bytes:
+        raise ResourceError(
+            f"the output needs {need / 1e9:.2f} GB, {plan.free_bytes / 1e9:.2f} GB are free",
+            "free some space or write elsewhere with --out",
+        )
+
+
+def _existing(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _aliases(name: str, skeleton: Skeleton) -> tuple[str, ...]:
+    module = skeleton.linears.get(name)
+    return (name,) if module is None else (name, module)
+
+
+def _with_group(
+    checkpoint: Checkpoint, skeleton: Skeleton, request: Request
+) -> tuple[Request, list[str]]:
+    """Lowers the group size of the whole file where the format has only one and it does not divide every width."""
+    scheme = request.scheme
+    if not isinstance(scheme, AffineInt) or scheme.group_size == -1 or not request.format.one_group:
+        return request, []
+    widths: dict[int, str] = {}
+    for name in skeleton.linears:
+        shape = checkpoint.tensors[name].shape
+        if len(shape) == 2 and first_match(request.rules, _aliases(name, skeleton)) is None:
+            widths.setdefault(shape[-1], name)
+    bad = [width for width in widths if width % scheme.group_size]
+    if not bad:
+        return request, []
+    group = next((g for g in _SMALLER_GROUPS if g < scheme.group_size and not any(w % g for w in widths)), 32)
+    group = min(group, scheme.group_size)
+    reason = f"{scheme.group_size} does not divide the width {bad[0]} of {widths[bad[0]]}"
+    if not request.fallback:
+        raise UsageError(f"group size {reason}", f"say --group-size {group}, or allow fallbacks")
+    if group == scheme.group_size:
+        return request, []
+    lowered = replace(scheme, group_size=group)
+    return replace(request, scheme=lowered), [f"group size {group} for the whole file: {reason}"]
+
+
+def _entries(checkpoint: Checkpoint, skeleton: Skeleton, request: Request) -> tuple[Entry, ...]:
+    entries: list[Entry] = []
+    used: set[int] = set()
+    for info in checkpoint.tensors.values():
+        names = _aliases(info.name, skeleton)
+        index = first_match(request.rules, names)
+        used.update(i for i, rule in enumerate(request.rules) if rule.matches(names))
+        if index is not None:
+            entries.append(_by_rule(info, request.rules[index], skeleton, request))
+        elif info.name in skeleton.linears and request.scheme is not None:
+            entries.append(_fit(info, request.scheme, "linear of a block", request))
+        else:
+            entries.append(_kept(info, _why_kept(info, skeleton, checkpoint), request))
+    unmatched = [rule for i, rule in enumerate(request.rules) if i not in used]
+    if unmatched:
+        rule = unmatched[0]
+        example = next(iter(skeleton.linears), next(iter(checkpoint.tensors))).removesuffix(".weight")
+        raise UsageError(
+            f"{rule.origin}: pattern '{rule.pattern}' matches no tensor", f"names look like {example}"
+        )
+    return tuple(entries)
+
+
+def _by_rule(info: TensorInfo, rule: Rule, skeleton: Skeleton, request: Request) -> Entry:
+    origin = f"{rule.origin}: {rule.pattern}"
+    if rule.scheme is None:
+        return _kept(info, origin, replace(request, dtype=None))
+    if isinstance(rule.scheme, Plain):
+        return Entry(info.name, info.shape, info.scheme, rule.scheme, origin)
+    if info.name not in skeleton.linears:
+        if "*" in rule.pattern or rule.pattern.startswith("re:"):
+            return _kept(info, f"{origin} asks for more, but it is no linear of a block", request)
+        raise UsageError(f"{origin}: {info.name} is no linear of a block", "only those can be quantized")
+    return _fit(info, rule.scheme, origin, request)
+
+
+def _fit(info: TensorInfo, scheme: Scheme, rule: str, request: Request) -> Entry:
+    """Returns the entry of a tensor that shall lie on `scheme`, or is kept where it cannot."""
+    reason = scheme.reject(info.shape) or request.format.refuse_tensor(info.name, info.shape)
+    if reason is None:
+        return Entry(info.name, info.shape, info.scheme, scheme, rule)
+    if not request.fallback:
+        raise UsageError(f"{info.name} cannot be {scheme}: {reason}", "allow fallbacks, or keep it by a rule")
+    return replace(_kept(info, f"kept: {reason}", request), fallback=True)
+
+
+def _kept(info: TensorInfo, rule: str, request: Request) -> Entry:
+    """Returns the entry of a tensor that stays off the grid: as stored, or cast where the run asks for a dtype."""
+    if isinstance(info.scheme, Plain):
+        floating = info.scheme.dtype.is_floating_point
+        scheme = Plain(request.dtype) if request.dtype is not None and floating else info.scheme
+    else:
+        scheme = Plain(request.dtype or torch.bfloat16)
+    return Entry(info.name, info.shape, info.scheme, scheme, rule)
+
+
+def _why_kept(info: TensorInfo, skeleton: Skeleton, checkpoint: Checkpoint) -> str:
+    """Returns the named rule under which a tensor is copied.
+
+    Raises:
+        InputError: no rule knows it.
+    """
+    if info.name in skeleton.linears:
+        return "converted"
+    if info.name not in skeleton.unused:
+        return skeleton.role(info.name)
+    if skeleton.ignores(info.name):
+        return "copied: not part of the language model in transformers"
+    raise InputError(
+        f"{checkpoint.path}: tensor '{info.name}' belongs to no module and no rule",
+        f"to copy it as it is: --set '{info.name}=keep'",
+    )
+
+
+def _refuse(entries: Sequence[Entry], request: Request) -> None:
+    """Refuses schemes that format or method cannot do, and plans that quantize nothing."""
+    for entry in entries:
+        if not entry.quantized:
+            continue
+        reason = request.format.reject(entry.scheme)
+        if reason is None and request.method is not None:
+            reason = request.method.reject(entry.scheme)
+        if reason is not None:
+            raise UsageError(f"{entry.name} cannot be {entry.scheme}: {reason}", "see 'quantize list'")
+    if request.scheme is not None and not any(entry.quantized for entry in entries):
+        raise InputError("no tensor of this model can be quantized as asked", "see 'quantize run --dry-run'")
+    groups = {e.scheme.group_size for e in entries if isinstance(e.scheme, AffineInt)}
+    if request.format.one_group and len(groups) > 1:
+        raise UsageError(
+            f"format {request.format.name} has one group size for the whole file, not {sorted(groups)}",
+            "give all rules the same group size",
+        )
+
+
+def _engine_notices(entries: Sequence[Entry], target: Format) -> list[str]:
+    """Returns a notice for each kind of fused linears that would end half quantized."""
+    quantized = {entry.name for entry in entries if entry.quantized}
+    mixed = [
+        group
+        for group in target.bound_together([entry.name for entry in entries])
+        if len({name in quantized for name in group}) > 1
+    ]
+    if not mixed:
+        return []
+    return [f"vLLM fuses {' and '.join(mixed[0])} and wants them alike ({len(mixed)} such groups)"]
+
+
+def _files(entries: Sequence[Entry], target: Format) -> dict[str, tuple[Piece, ...]]:
+    """Returns the arrays of each shard; tensors stay in order and whole."""
+    shards: list[list[Piece]] = [[]]
+    size = 0
+    for entry in entries:
+        pieces = target.pieces(entry.name, entry.shape, entry.scheme)
+        nbytes = sum(piece.nbytes for piece in pieces)
+        if size and size + nbytes > _SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1] += pieces
+        size += nbytes
+    if len(shards) == 1:
+        return {"model.safetensors": tuple(shards[0])}
+    count = len(shards)
+    return {f"model-{i:05}-of-{count:05}.safetensors": tuple(s) for i, s in enumerate(shards, 1)}
+
+
+def _peak(plan: Plan, skeleton: Skeleton, request: Request) -> int:
+    """Returns the estimated peak of anonymous memory, in bytes."""
+    largest = max((entry.count for entry in plan.quantized), default=0)
+    if request.method is None or not request.method.calibrates:
+        return _BASE_BYTES + 10 * largest + _SLACK_BYTES
+    blocks: dict[str, int] = {}
+    widths: dict[str, dict[str, int]] = {}
+    for entry in plan.entries:
+        block = skeleton.block_of(skeleton.linears.get(entry.name, entry.name))
+        if block is not None:
+            blocks[block] = blocks.get(block, 0) + entry.count
+            if entry.quantized:
+                widths.setdefault(block, {})[str(entry.shape[-1])] = entry.shape[-1]
+    weights = 4 * max(blocks.values(), default=0)
+    hessians = max((4 * sum(w * w for w in per.values()) for per in widths.values()), default=0)
+    hidden = skeleton.model.config.get_text_config().hidden_size
+    waiting = min(request.activation_budget, 4 * hidden * request.samples * request.length)
+    widest = max((max(per.values()) for per in widths.values()), default=hidden)
+    passing = request.threads * 4 * widest * 6 * max(request.length, 2048)
+    return _BASE_BYTES + 2 * weights + (request.threads + 1) * hessians + waiting + passing + _SLACK_BYTES
+
+
+def describe(plan: Plan) -> dict[str, Any]:
+    """Returns the plan as plain values, for JSON and tables."""
+    return {
+        "format": plan.format.name,
+        "method": plan.method.name if plan.method else None,
+        "output_bytes": plan.output_bytes,
+        "bits_per_weight": round(plan.bits_per_weight, 4),
+        "linear_bits_per_weight": round(plan.linear_bits_per_weight, 4),
+        "peak_bytes": plan.peak_bytes,
+        "free_bytes": plan.free_bytes,
+        "notices": list(plan.notices),
+        "dropped": dict(plan.dropped),
+        "tensors": [
+            {
+                "name": entry.name,
+                "shape": list(entry.shape),
+                "from": str(entry.source),
+                "to": str(entry.scheme),
+                "rule": entry.rule,
+                "fallback": entry.fallback,
+            }
+            for entry in plan.entries
+        ],
+    }

@@ -1,0 +1,117 @@
+"""What calibration learns at one input of linears, and how partial results add up.
+
+All figures are means over tokens, so that statistics of different texts merge by their counts. Padding never enters:
+rows are packed full.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+_PANELS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """Figures of one input of `K` channels over `count` tokens.
+
+    Attributes:
+        count: Tokens seen.
+        mean_abs: Mean of |x|, float32 `[K]`.
+        max_abs: Largest |x|, float32 `[K]`.
+        hessian: Mean of x x^T, float32 `[K, K]`. The Hessian of the squared error of a linear's output in its
+            weights, up to the factor 2 (Frantar et al. 2022, arXiv 2210.17323). Its diagonal is the mean square,
+            llama.cpp's importance.
+    """
+
+    count: int
+    mean_abs: Tensor
+    max_abs: Tensor
+    hessian: Tensor
+
+    @property
+    def mean_square(self) -> Tensor:
+        """Mean of x^2, float32 `[K]`."""
+        return self.hessian.diagonal()
+
+    @staticmethod
+    def of(inputs: Tensor) -> Statistics:
+        """Returns the statistics of `inputs` `[..., K]`, computed in float32."""
+        x = inputs.detach().reshape(-1, inputs.shape[-1]).float()
+        if not len(x):
+            return Statistics.empty(x.shape[-1])
+        magnitude = x.abs()
+        return Statistics(len(x), magnitude.mean(0), magnitude.amax(0), gram(x).div_(len(x)))
+
+    @staticmethod
+    def empty(width: int) -> Statistics:
+        """Returns the statistics of no tokens over `width` channels; the neutral element of `merge`."""
+        zeros = torch.zeros(width)
+        return Statistics(0, zeros, zeros, torch.zeros(width, width))
+
+    def merge(self, other: Statistics) -> Statistics:
+        """Returns the statistics of both texts together, each weighted by its tokens.
+
+        The Hessian of `self` is reused for the result where it owns tokens: treat `self` as spent.
+        """
+        if not other.count:
+            return self
+        if not self.count:
+            return other
+        total = self.count + other.count
+        share = other.count / total
+        return Statistics(
+            total,
+            torch.lerp(self.mean_abs, other.mean_abs, share),
+            torch.maximum(self.max_abs, other.max_abs),
+            self.hessian.lerp_(other.hessian, share),
+        )
+
+
+def gram(x: Tensor) -> Tensor:
+    """Returns x^T x of float32 `[tokens, K]`, computed as panels of its upper triangle (a third less work)."""
+    width = x.shape[1]
+    panel = max(64, -(-width // _PANELS))
+    result = torch.empty(width, width, device=x.device)
+    for start in range(0, width, panel):
+        stop = min(start + panel, width)
+        product = x[:, start:stop].T @ x[:, start:]
+        result[start:stop, start:] = product
+        result[stop:, start:stop] = product[:, stop - start :].T
+    return result
+
+
+class Accumulator:
+    """Adds up statistics in batch order, whatever order the batches' threads come in.
+
+    The lowest unfinished batch adds at once; those ahead of it wait here until it is done.
+    """
+
+    def __init__(self) -> None:
+        self.total: Statistics | None = None
+        self._next = 0
+        self._waiting: dict[int, list[Statistics]] = {}
+        self._finished: set[int] = set()
+
+    def add(self, batch: int, part: Statistics) -> None:
+        """Adds a part seen by `batch`; the caller holds the lock that guards this object."""
+        if batch == self._next:
+            self._merge(part)
+        else:
+            self._waiting.setdefault(batch, []).append(part)
+
+    def finish(self, batch: int) -> None:
+        """Says that `batch` adds no more; the caller holds the lock that guards this object."""
+        self._finished.add(batch)
+        while self._next in self._finished:
+            self._finished.discard(self._next)
+            self._next += 1
+            for part in self._waiting.pop(self._next, ()):
+                self._merge(part)
+
+    def _merge(self, part: Statistics) -> None:
+        self.total = part if self.total is None else self.total.merge(part)
