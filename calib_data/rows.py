@@ -37,9 +37,7 @@ class CalibrationText:
     notices: tuple[str, ...] = ()
 
 
-def token_rows(
-    sources: Sequence[str], tokenizer: Any, *, rows: int, length: int, seed: int = 0
-) -> CalibrationText:
+def token_rows(sources: Sequence[str], tokenizer: Any, *, rows: int, length: int, seed: int = 0) -> CalibrationText:
     """Returns rows of tokens; row r comes from source r % n, and no more is read than the rows need.
 
     The documents of a source follow one another, with the tokenizer's end token between them. A long text is

@@ -77,9 +77,7 @@ def read_text(source: str, *, limit: int | None = None) -> str:
 def _stored(source: str, seed: int) -> Iterator[Document]:
     """Returns the documents as stored, blank ones too; what can be refused unread is refused at once."""
     if source == "self":
-        raise InputError(
-            "'self' is written by the model, not read from a source", "name a file, hub:NAME or default"
-        )
+        raise InputError("'self' is written by the model, not read from a source", "name a file, hub:NAME or default")
     if source.partition(":")[0] == "default":
         return _default(source, seed)
     if source.startswith("hub:"):
@@ -130,9 +128,7 @@ def _shuffled(stream: Iterable[Document], seed: int) -> Iterator[Document]:
 def _default(source: str, seed: int) -> Iterator[Document]:
     part = source.partition(":")[2] if ":" in source else "train"
     if part not in _PARTS:
-        raise InputError(
-            f"{source}: the bundled text has no such part", "its parts are default and default:eval"
-        )
+        raise InputError(f"{source}: the bundled text has no such part", "its parts are default and default:eval")
     kinds = bundled(part)
     if seed:
         draw = random.Random(seed)
@@ -185,9 +181,7 @@ def _file(source: str) -> Path:
     except (OSError, ValueError) as error:
         raise InputError(f"{source}: {getattr(error, 'strerror', None) or error}") from error
     if folder:
-        raise InputError(
-            f"{source}: a folder, not a text", "name a file in it: .txt, .jsonl, .json, .parquet"
-        )
+        raise InputError(f"{source}: a folder, not a text", "name a file in it: .txt, .jsonl, .json, .parquet")
     return path
 
 
@@ -196,9 +190,7 @@ def _guarded(path: Path, stream: Iterator[Document]) -> Iterator[Document]:
     try:
         yield from stream
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path}, line {_bad_line(path)}: not valid UTF-8", "convert the file to UTF-8"
-        ) from error
+        raise InputError(f"{path}, line {_bad_line(path)}: not valid UTF-8", "convert the file to UTF-8") from error
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or _one_line(error)}") from error
 
@@ -296,9 +288,7 @@ def _known_columns(where: str, columns: Iterable[str]) -> list[str]:
     names = list(columns)
     known = [name for name in names if name in COLUMNS]
     if not known:
-        raise InputError(
-            f"{where}: no text in its columns: {', '.join(names)}", f"known: {', '.join(COLUMNS)}"
-        )
+        raise InputError(f"{where}: no text in its columns: {', '.join(names)}", f"known: {', '.join(COLUMNS)}")
     return known
 
 
@@ -308,9 +298,7 @@ def _known_columns(where: str, columns: Iterable[str]) -> list[str]:
 def _hub(source: str) -> Iterator[Document]:
     match = _HUB.fullmatch(source)
     if match is None:
-        raise InputError(
-            f"'{source}': names no data set", "write hub:NAME, hub:NAME@CONFIG or hub:NAME:SPLIT"
-        )
+        raise InputError(f"'{source}': names no data set", "write hub:NAME, hub:NAME@CONFIG or hub:NAME:SPLIT")
     return _hub_rows(source, match["name"], match["config"], match["split"] or "train")
 
 

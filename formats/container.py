@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,9 +63,7 @@ def read_header(file: Path) -> tuple[dict[str, Extent], dict[str, str]]:
             start = stream.read(8)
             length = int.from_bytes(start, "little")
             if start == b"version " or start[:7] == b"version":
-                raise InputError(
-                    f"{file}: a git-lfs pointer, not the weights", "fetch them with 'git lfs pull'"
-                )
+                raise InputError(f"{file}: a git-lfs pointer, not the weights", "fetch them with 'git lfs pull'")
             if len(start) < 8 or not 2 <= length <= min(_MAX_HEADER, size - 8):
                 raise InputError(f"{file}: truncated, or no safetensors file", "download it again")
             table = json.loads(stream.read(length))
@@ -98,9 +97,7 @@ def _extent(file: Path, name: str, entry: object, data: int, size: int) -> Exten
     if not sound or end - begin != count * DTYPES[code].itemsize:
         raise InputError(f"{file}: tensor '{name}' claims {end - begin} bytes for shape {list(shape)} of {code}")
     if data + end > size:
-        raise InputError(
-            f"{file}: truncated: tensor '{name}' ends at byte {data + end} of {size}", "download it again"
-        )
+        raise InputError(f"{file}: truncated: tensor '{name}' ends at byte {data + end} of {size}", "download it again")
     return Extent(file, DTYPES[code], shape, data + begin, end - begin)
 
 
@@ -120,7 +117,7 @@ def read_rows(extent: Extent, start: int = 0, stop: int | None = None) -> Tensor
         shape = (stop - start, *extent.shape[1:])
         begin, count = extent.offset + start * row, (stop - start) * row
     buffer = torch.empty(count, dtype=torch.uint8)
-    view = memoryview(buffer.numpy())
+    view = buffer_bytes(buffer)
     try:
         with extent.file.open("rb", buffering=0) as stream:
             stream.seek(begin)
@@ -157,7 +154,13 @@ def layout(pieces: Iterable[Piece], metadata: Mapping[str, str]) -> tuple[bytes,
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """Returns the row-major bytes of a tensor, without a copy when it is contiguous."""
-    return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return buffer_bytes(tensor.detach().contiguous().reshape(-1).view(torch.uint8))
+
+
+def buffer_bytes(buffer: Tensor) -> memoryview:
+    """Returns a writable view of the memory of a one-dimensional uint8 tensor."""
+    array: Any = buffer.numpy()  # numpy's stubs do not say that arrays are buffers
+    return memoryview(array)
 
 
 def write_all(descriptor: int, data: memoryview | bytes, offset: int) -> None:

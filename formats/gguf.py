@@ -91,12 +91,8 @@ class Architecture:
 
     def names(self, config: Mapping[str, Any]) -> set[str]:
         """Returns the transformers names of all tensors that a model of `config` has."""
-        outer = [
-            module for module in _OUTER.values() if module != "lm_head" or not config["tie_word_embeddings"]
-        ]
-        biased = {
-            leaf for flag, leaves in self.biases.items() if config.get(flag, not flag) for leaf in leaves
-        }
+        outer = [module for module in _OUTER.values() if module != "lm_head" or not config["tie_word_embeddings"]]
+        biased = {leaf for flag, leaves in self.biases.items() if config.get(flag, not flag) for leaf in leaves}
         layers = [f"model.layers.{i}" for i in range(config["num_hidden_layers"])]
         weights = [f"{layer}.{leaf}" for layer in layers for leaf in self.block.values()]
         biases = {f"{layer}.{leaf}.bias" for layer in layers for leaf in biased}
@@ -366,11 +362,7 @@ class _Keys:
         if found is None:
             raise InputError(f"{self.file}: lacks the metadata key '{self.prefix}.{key}'")
         if not isinstance(found, int | float):
-            what = (
-                "differs between layers, which cannot be read yet"
-                if isinstance(found, list)
-                else "is no number"
-            )
+            what = "differs between layers, which cannot be read yet" if isinstance(found, list) else "is no number"
             raise InputError(f"{self.file}: '{self.prefix}.{key}' {what}")
         return found
 

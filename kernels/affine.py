@@ -25,7 +25,7 @@ def extremes(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
         Two float32 tensors `[rows, cols // group]`. Zero is included because a group of one sign would otherwise
         need a zero point outside the code range.
     """
-    low, high = weight.unflatten(-1, (-1, group)).aminmax(dim=-1)
+    low, high = weight.reshape(*weight.shape[:-1], -1, group).aminmax(dim=-1)
     return low.clamp_max_(0), high.clamp_min_(0)
 
 
@@ -50,15 +50,15 @@ def grid(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor,
 
 def round_to_codes(weight: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
     """Returns the nearest code of each weight, float32 whole numbers `[rows, cols]` in `0 .. 2**bits - 1`."""
-    groups = weight.unflatten(-1, (scales.shape[-1], -1))
+    groups = weight.reshape(*scales.shape, -1)
     codes = (groups / scales.unsqueeze(-1)).round_().add_(zeros.unsqueeze(-1)).clamp_(0, 2**bits - 1)
-    return codes.flatten(-2)
+    return codes.reshape(weight.shape)
 
 
 def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     """Returns `(codes - zeros) * scales` as float32 `[rows, cols]`; scales and zeros are `[rows, groups]`."""
-    groups = codes.unflatten(-1, (scales.shape[-1], -1)).float()
-    return ((groups - zeros.float().unsqueeze(-1)) * scales.float().unsqueeze(-1)).flatten(-2)
+    groups = codes.reshape(*scales.shape, -1).float()
+    return groups.sub_(zeros.float().unsqueeze(-1)).mul_(scales.float().unsqueeze(-1)).reshape(codes.shape)
 
 
 def round_trip(weight: Tensor, low: Tensor, high: Tensor, bits: int, symmetric: bool) -> Tensor:

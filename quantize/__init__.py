@@ -1,8 +1,8 @@
 """Turns a full-precision LLM checkpoint into a smaller one that real engines load, and says what that cost.
 
-    report = quantize.run("path/or/hub-id", method="awq", bits=4)
-    result = quantize.evaluate("Model-AWQ", base="path/or/hub-id")
-    checkpoint = quantize.open("Model-AWQ")
+report = quantize.run("path/or/hub-id", method="awq", bits=4)
+result = quantize.evaluate("Model-AWQ", base="path/or/hub-id")
+checkpoint = quantize.open("Model-AWQ")
 """
 
 from __future__ import annotations

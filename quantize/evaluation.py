@@ -8,9 +8,9 @@ independent halves the honest interval.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -107,7 +107,7 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean negative log-likelihood of the scored tokens."""
+        """Exp of the mean negative log-likelihood of the scored tokens."""
         return float(np.exp(self.chunks["nll"].sum() / self.chunks["tokens"].sum()))
 
     @property
@@ -226,7 +226,7 @@ def evaluate_checkpoints(
             raise InputError(
                 f"{names[0]} and {names[1]} split the text into different tokens", "their perplexities do not compare"
             )
-    batches = list(windows.split(max(1, _BATCH_TOKENS // definition.context)))
+    batches = list(torch.split(windows, max(1, _BATCH_TOKENS // definition.context)))
     keep = slice(definition.scored, definition.context - 1)
     threads = threads or default_threads()
     results: list[dict[str, Tensor]] = []

@@ -53,12 +53,10 @@ class Pool:
         waiting: list[Future[R]] = []
         iterator = iter(items)
         try:
-            for item in islice(iterator, self.threads + 1):
-                waiting.append(self._executor.submit(function, item))
+            waiting += [self._executor.submit(function, item) for item in islice(iterator, self.threads + 1)]
             while waiting:
                 done = waiting.pop(0).result()
-                for item in islice(iterator, 1):
-                    waiting.append(self._executor.submit(function, item))
+                waiting += [self._executor.submit(function, item) for item in islice(iterator, 1)]
                 yield done
         finally:
             for future in waiting:

@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +16,20 @@ from torch import Tensor
 from quantize import __version__, formats, methods
 from quantize.calib_data import CalibrationText, token_rows
 from quantize.checkpoint import fingerprint, is_quantized, open_checkpoint
-from quantize.errors import InputError, QuantizeError, ResourceError, UsageError
+from quantize.errors import InputError, ResourceError, UsageError
 from quantize.evaluation import DEFAULT_TEXT, evaluate_checkpoints
-from quantize.formats.base import Checkpoint
 from quantize.formats.folder import tie_flag
 from quantize.methods.base import Block, Method, Result
 from quantize.parallel import Pool, default_threads, one_torch_thread
-from quantize.planning import Entry, Plan, Request, describe, make_plan, require_space
+from quantize.planning import Entry, Request, make_plan, require_space
 from quantize.presets import Choice, choose
 from quantize.progress import Progress, silent
-from quantize.recipe import Rule, parse_rule, read_recipe
+from quantize.recipe import parse_rule, read_recipe
 from quantize.report import REPORT, Report, card, figures
 from quantize.schemes import Plain, QuantizedTensor, Scheme, dtype_name, parse_scheme
 from quantize.skeleton import Skeleton
 from quantize.store import StatisticsFile
-from quantize.sweep import Stage, Sweep
+from quantize.sweep import Sweep
 from quantize.tokenizer import load_tokenizer
 from quantize.trace import trace
 from quantize.writer import OutputFolder, check_target
@@ -249,7 +247,7 @@ class Job:
         todo = [path for path in blocks if not self._written(output, self._entries_of(path))]
         if not todo and statistics is None:
             return
-        batches = list(text.ids.split(max(1, _BATCH_TOKENS // text.ids.shape[1])))
+        batches = list(torch.split(text.ids, max(1, _BATCH_TOKENS // text.ids.shape[1])))
         with ExitStack() as stack:
             sweep = stack.enter_context(
                 Sweep(
@@ -288,9 +286,7 @@ class Job:
     def _block(self, name: str, weights: Mapping[str, Tensor]) -> Block:
         """Returns the block made of these stored tensors; those on disk already are left out of its schemes."""
         entries = {e.name: e for e in self.plan.entries if e.name in weights}
-        dtypes = {
-            n: e.scheme.dtype if isinstance(e.scheme, Plain) else torch.float32 for n, e in entries.items()
-        }
+        dtypes = {n: e.scheme.dtype if isinstance(e.scheme, Plain) else torch.float32 for n, e in entries.items()}
         return Block(name, weights, dtypes, {n: e.scheme for n, e in entries.items() if e.quantized})
 
     def _read(self, name: str) -> Tensor:
@@ -329,10 +325,7 @@ class Job:
         if not self._calibrates:
             return frozenset()
         return frozenset(
-            name
-            for path in self.skeleton.blocks
-            if self._entries_of(path)
-            for name in self.skeleton.stored_names(path)
+            name for path in self.skeleton.blocks if self._entries_of(path) for name in self.skeleton.stored_names(path)
         )
 
     def _parts(self, entry: Entry) -> Iterator[Tensor]:
@@ -485,7 +478,9 @@ class Job:
             return None
         sources = self.settings.calib or ("default",)
         if "none" in sources:
-            raise UsageError(f"method {self.choice.method if self.choice else ''} needs calibration text", "drop --calib none")
+            raise UsageError(
+                f"method {self.choice.method if self.choice else ''} needs calibration text", "drop --calib none"
+            )
         return token_rows(
             sources,
             load_tokenizer(self.checkpoint),

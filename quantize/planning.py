@@ -150,9 +150,7 @@ def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, request: Request, out:
     notices += _engine_notices(entries, request.format)
     files = _files(entries, request.format)
     free = shutil.disk_usage(_existing(out)).free
-    plan = Plan(
-        request.format, request.method, entries, dict(checkpoint.dropped), files, tuple(notices), 0, free
-    )
+    plan = Plan(request.format, request.method, entries, dict(checkpoint.dropped), files, tuple(notices), 0, free)
     return replace(plan, peak_bytes=_peak(plan, skeleton, request))
 
 
@@ -186,9 +184,7 @@ def _aliases(name: str, skeleton: Skeleton) -> tuple[str, ...]:
     return (name,) if module is None else (name, module)
 
 
-def _with_group(
-    checkpoint: Checkpoint, skeleton: Skeleton, request: Request
-) -> tuple[Request, list[str]]:
+def _with_group(checkpoint: Checkpoint, skeleton: Skeleton, request: Request) -> tuple[Request, list[str]]:
     """Lowers the group size of the whole file where the format has only one and it does not divide every width."""
     scheme = request.scheme
     if not isinstance(scheme, AffineInt) or scheme.group_size == -1 or not request.format.one_group:
@@ -229,9 +225,7 @@ def _entries(checkpoint: Checkpoint, skeleton: Skeleton, request: Request) -> tu
     if unmatched:
         rule = unmatched[0]
         example = next(iter(skeleton.linears), next(iter(checkpoint.tensors))).removesuffix(".weight")
-        raise UsageError(
-            f"{rule.origin}: pattern '{rule.pattern}' matches no tensor", f"names look like {example}"
-        )
+        raise UsageError(f"{rule.origin}: pattern '{rule.pattern}' matches no tensor", f"names look like {example}")
     return tuple(entries)
 
 
@@ -352,7 +346,7 @@ def _peak(plan: Plan, skeleton: Skeleton, request: Request) -> int:
                 widths.setdefault(block, {})[str(entry.shape[-1])] = entry.shape[-1]
     weights = 4 * max(blocks.values(), default=0)
     hessians = max((4 * sum(w * w for w in per.values()) for per in widths.values()), default=0)
-    hidden = skeleton.model.config.get_text_config().hidden_size
+    hidden: int = skeleton.model.config.get_text_config().hidden_size
     waiting = min(request.activation_budget, 4 * hidden * request.samples * request.length)
     widest = max((max(per.values()) for per in widths.values()), default=hidden)
     passing = request.threads * 4 * widest * 6 * max(request.length, 2048)

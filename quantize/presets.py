@@ -54,12 +54,12 @@ def choose(
         target = holders[0] if holders else None
     if target not in FORMATS:
         if target is None:
-            raise InputError(
-                f"no format here holds {scheme} yet", "formats that hold 4-bit groups: awq with --bits 4"
-            )
+            raise InputError(f"no format here holds {scheme} yet", "formats that hold 4-bit groups: awq with --bits 4")
         raise unknown_name("format", target, FORMATS)
     if reason := FORMATS[target].reject(scheme):
-        raise InputError(f"format {target} cannot hold {scheme}: {reason}", f"formats that accept it: {holders or 'none yet'}")
+        raise InputError(
+            f"format {target} cannot hold {scheme}: {reason}", f"formats that accept it: {holders or 'none yet'}"
+        )
     return Choice(method, scheme, target, suffix(method, scheme, target))
 
 
@@ -72,8 +72,8 @@ _SUFFIXES: dict[tuple[str, str], Callable[[AffineInt], str]] = {
 def suffix(method: str, scheme: Scheme, target: str) -> str:
     """Returns what is appended to the model's name, such as `-AWQ` or `-RTN-Int4`."""
     assert isinstance(scheme, AffineInt)
-    build = _SUFFIXES.get((method, target), lambda s: f"-{method.upper()}-Int{s.bits}")
-    return build(scheme)
+    build = _SUFFIXES.get((method, target))
+    return build(scheme) if build else f"-{method.upper()}-Int{scheme.bits}"
 
 
 def matrix() -> list[dict[str, object]]:

@@ -140,9 +140,7 @@ class AffineInt:
         if not 2 <= self.bits <= 8:
             raise UsageError(f"{self.bits} bits is no integer scheme", "choose 2 to 8 bits")
         if self.group_size != -1 and self.group_size < 8:
-            raise UsageError(
-                f"group size {self.group_size} is too small", "choose 16, 32, 64, 128 or -1 (a row)"
-            )
+            raise UsageError(f"group size {self.group_size} is too small", "choose 16, 32, 64, 128 or -1 (a row)")
 
     def __str__(self) -> str:
         group = "row" if self.group_size == -1 else f"g{self.group_size}"

@@ -245,11 +245,11 @@ def _build(checkpoint: Checkpoint, assume_tied: bool) -> Any:
     with quiet_transformers():
         try:
             config = CONFIG_MAPPING[kind].from_dict(values)
-            cls = classes[0] if classes else _default_class(config)
+            # one linear call per expert, so that each expert's input can be told apart
+            config._experts_implementation = "eager"
+            cls: Any = classes[0] if classes else _default_class(config)
             with torch.device("meta"):
-                model = cls._from_config(
-                    config, dtype=torch.float32, attn_implementation="sdpa", experts_implementation="eager"
-                ) if _takes_experts(cls) else cls._from_config(config, dtype=torch.float32)
+                model = cls._from_config(config, dtype=torch.float32)
         except (TypeError, ValueError, AttributeError, KeyError) as error:
             raise InputError(f"{checkpoint.path}: config.json does not make a model: {error}") from error
         for module in model.modules():
@@ -258,10 +258,6 @@ def _build(checkpoint: Checkpoint, assume_tied: bool) -> Any:
                     module._buffers[name] = torch.zeros_like(buffer, device="cpu")
         model.initialize_weights()
     return model.eval()
-
-
-def _takes_experts(cls: Any) -> bool:
-    return bool(getattr(cls, "_can_set_experts_implementation", lambda: False)())
 
 
 def _default_class(config: Any) -> Any:

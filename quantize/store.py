@@ -58,7 +58,8 @@ class StatisticsFile:
             raise InputError(f"{self.path}: statistics of another model", "name another file to gather new ones")
         if metadata.get("text") != text:
             raise InputError(
-                f"{self.path}: statistics of another calibration text", "repeat its --calib options, or name another file"
+                f"{self.path}: statistics of another calibration text",
+                "repeat its --calib options, or name another file",
             )
 
     def read(self, block: str) -> tuple[tuple[Input, ...], dict[str, Statistics]]:

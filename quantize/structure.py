@@ -81,9 +81,7 @@ class Input:
         return {name: weights[name] * scale for name in self.consumers}
 
 
-def fold_all(
-    inputs: Iterable[Input], weights: Mapping[str, Tensor], scales: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+def fold_all(inputs: Iterable[Input], weights: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns the stored tensors that change when each input in `scales` is scaled and its fold taken back.
 
     Args:

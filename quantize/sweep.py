@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from quantize.formats.base import Checkpoint
+from quantize.formats.container import buffer_bytes
 from quantize.skeleton import Skeleton
 from quantize.statistics import Accumulator, Statistics
 
@@ -329,7 +330,7 @@ class Sweep:
                 self._undo.append(handle.remove)
 
     def _override(self, module: nn.Module, forward: Callable[..., Any]) -> None:
-        module.forward = forward  # type: ignore[method-assign]
+        module.forward = forward
         self._undo.append(lambda: module.__dict__.pop("forward", None))
 
     def _enter_block(self, path: str, *args: Any, **kwargs: Any) -> Any:
@@ -364,7 +365,7 @@ class Sweep:
 
     def _look_up(self, path: str, module: nn.Embedding, forward: Callable[..., Tensor], ids: Tensor) -> Tensor:
         """Runs an embedding with only the rows that `ids` name in memory."""
-        rows, compact = ids.unique(return_inverse=True)
+        rows, compact = torch.unique(ids, return_inverse=True)
         name = self._stored(f"{path}.weight")
         values = torch.cat([self._checkpoint.read(name, r, r + 1) for r in rows.tolist()]).float()
         with self._lock:
@@ -423,7 +424,7 @@ class _Spill:
         """Moves a tensor's storage to an unnamed file and returns the open file."""
         storage = tensor.untyped_storage()
         file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 -- closed by `read`
-        file.write(memoryview(torch.empty(0, dtype=torch.uint8).set_(storage).numpy()))  # type: ignore[call-overload]
+        file.write(_storage_bytes(tensor))
         storage.resize_(0)
         return file
 
@@ -432,8 +433,13 @@ class _Spill:
         storage = tensor.untyped_storage()
         storage.resize_(file.tell())
         file.seek(0)
-        file.readinto(memoryview(torch.empty(0, dtype=torch.uint8).set_(storage).numpy()))  # type: ignore[call-overload]
+        file.readinto(_storage_bytes(tensor))
         file.close()
+
+
+def _storage_bytes(tensor: Tensor) -> memoryview:
+    """Returns a view of all bytes of a tensor's storage."""
+    return buffer_bytes(torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()))
 
 
 class _Parked:

@@ -126,9 +126,7 @@ def _with_folds(
     """Returns the inputs with the folds that single trials suggest; norms are preferred to linears."""
     found: dict[str, Fold] = {}
     base = [calls[position][1].float() for position in positions]
-    order = sorted(
-        _candidates(stage, {item.width for item in inputs}), key=lambda c: (stage.weights[c[0]].dim(), c[2])
-    )
+    order = sorted(_candidates(stage, {item.width for item in inputs}), key=lambda c: (stage.weights[c[0]].dim(), c[2]))
     repeats = _head_repeats(stage)
     generator = torch.Generator().manual_seed(0)
     for name, bias, start, rows in order:
@@ -185,9 +183,7 @@ def _sound(stage: Stage, inputs: tuple[Input, ...], output: list[Tensor]) -> tup
     return tuple(item if item.name in good else replace(item, fold=None) for item in inputs)
 
 
-def unchanged(
-    stage: Stage, inputs: Iterable[Input], scales: Mapping[str, Tensor], output: Sequence[Tensor]
-) -> bool:
+def unchanged(stage: Stage, inputs: Iterable[Input], scales: Mapping[str, Tensor], output: Sequence[Tensor]) -> bool:
     """Returns whether the block's output on the probe stays `output` when the inputs in `scales` are folded.
 
     The folded weights stay loaded in the module.

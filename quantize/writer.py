@@ -21,7 +21,6 @@ from torch import Tensor
 from quantize.errors import InputError, ResourceError, UsageError, VerificationError
 from quantize.formats.base import Piece
 from quantize.formats.container import layout, tensor_bytes, write_all
-from quantize.formats.folder import INDEX
 
 JOURNAL = "journal.jsonl"
 _READ = 16 * 2**20

@@ -112,9 +112,10 @@ def _judges(weight: Tensor, consumers: int) -> Tensor:
 
 def _candidates(item: Input, statistics: Statistics, judges: list[Tensor], scheme: Scheme) -> Iterator[Tensor]:
     """Yields scales per producer row: the paper's `x^r` and AutoAWQ's `x^r / w^(1-r)`, r from 0 to 1."""
-    assert item.fold is not None and isinstance(scheme, AffineInt)
+    assert item.fold is not None
+    assert isinstance(scheme, AffineInt)
     x = _by_row(statistics.mean_abs, item.fold)
-    parts = torch.cat([weight.abs().unflatten(-1, (-1, scheme.group(item.width))) for weight in judges])
+    parts = torch.cat([weight.abs().reshape(len(weight), -1, scheme.group(item.width)) for weight in judges])
     w = _by_row((parts / (parts.amax(-1, keepdim=True) + 1e-6)).flatten(-2).mean(0), item.fold)
     for step in range(_GRID + 1):
         r = step / _GRID
@@ -205,10 +206,10 @@ def _clip(weight: Tensor, hessian: Tensor, scheme: Scheme, pool: Pool) -> tuple[
         part = weight[span[0] : span[1]]
         low, high = affine.extremes(part, group)
 
-        def group_error(l: Tensor, h: Tensor) -> Tensor:
-            error = affine.round_trip(part, l, h, scheme.bits, scheme.symmetric) - part
-            columns = error.unflatten(-1, (count, group)).transpose(0, 1)  # [count, rows, group]
-            return (columns @ blocks).mul_(columns).sum(-1).T
+        def group_error(lo: Tensor, hi: Tensor) -> Tensor:
+            error = affine.round_trip(part, lo, hi, scheme.bits, scheme.symmetric) - part
+            columns = error.reshape(len(part), count, group).transpose(0, 1)  # [count, rows, group]
+            return torch.einsum("grk,grk->rg", columns @ blocks, columns)
 
         best, factor_low, factor_high = group_error(low, high), torch.ones_like(low), torch.ones_like(high)
         for f_low, f_high in _factors():

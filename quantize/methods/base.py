@@ -14,7 +14,6 @@ from quantize.schemes import QuantizedTensor, Scheme
 from quantize.statistics import Statistics
 from quantize.structure import Input
 
-
 # Rows in a chunk of work: with a few thousand columns a chunk stays in the cache.
 ROWS = 256
 

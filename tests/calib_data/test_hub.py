@@ -57,9 +57,7 @@ class Hub(BaseHTTPRequestHandler):
         elif match := re.fullmatch(r"/api/datasets/org/name/tree/\w+/(.+)", path):
             self.answer([entry(name) for name in FILES if name.startswith(f"{match[1]}/")])
         elif re.fullmatch(r"/api/datasets/org/name/revision/\w+", path):
-            self.answer(
-                {"id": "org/name", "sha": COMMIT, "siblings": [{"rfilename": name} for name in FILES]}
-            )
+            self.answer({"id": "org/name", "sha": COMMIT, "siblings": [{"rfilename": name} for name in FILES]})
         else:
             self.respond(404, b"", {"X-Error-Code": "RepoNotFound"})
 

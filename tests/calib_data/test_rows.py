@@ -18,9 +18,7 @@ from quantize.calib_data import token_rows
 from quantize.errors import InputError, UsageError
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}<|start|>{{ m.role }} {{ m.content }}<|end|>\n{% endfor %}"
-NO_SYSTEM = (
-    "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + TEMPLATE
-)
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + TEMPLATE
 SPECIAL = ["<s>", "</s>", "<|start|>", "<|end|>"]
 BOS, EOS, START, END = range(4)
 Build = Callable[..., Any]
@@ -42,9 +40,7 @@ def build() -> Build:
         tokenizer.decoder = decoders.ByteLevel()
         tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
         if bos:
-            tokenizer.post_processor = processors.TemplateProcessing(
-                single="<s> $A", special_tokens=[("<s>", BOS)]
-            )
+            tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
         return PreTrainedTokenizerFast(
             tokenizer_object=tokenizer,
             bos_token="<s>",

@@ -102,9 +102,7 @@ CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hel
         ({"prompt": "Hi"}, Document(messages=CHAT[:1])),
         (
             {"instruction": "Add", "input": "1 2", "output": "3"},
-            Document(
-                messages=[{"role": "user", "content": "Add\n\n1 2"}, {"role": "assistant", "content": "3"}]
-            ),
+            Document(messages=[{"role": "user", "content": "Add\n\n1 2"}, {"role": "assistant", "content": "3"}]),
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]},
@@ -114,9 +112,7 @@ CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hel
 )
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
 def test_rows(write: Write, name: str, row: object, document: Document) -> None:
-    assert list(documents(write(name, lines(row) if name == "rows.jsonl" else json.dumps([row])))) == [
-        document
-    ]
+    assert list(documents(write(name, lines(row) if name == "rows.jsonl" else json.dumps([row])))) == [document]
 
 
 @pytest.mark.parametrize(
@@ -225,9 +221,7 @@ def test_refusals_come_with_the_call(tmp_path: Path) -> None:
             documents(source)
 
 
-@pytest.mark.parametrize(
-    ("name", "good"), [("a.txt", b"good\n"), ("a.jsonl", b'"good"\n'), ("a.json", b'"a"\n')]
-)
+@pytest.mark.parametrize(("name", "good"), [("a.txt", b"good\n"), ("a.jsonl", b'"good"\n'), ("a.json", b'"a"\n')])
 def test_other_encodings_are_named(tmp_path: Path, name: str, good: bytes) -> None:
     file = tmp_path / name
     file.write_bytes(good + b'"caf\xe9"\n')

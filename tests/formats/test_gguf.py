@@ -61,9 +61,7 @@ def in_pairs(tensor: Tensor, heads: int) -> Tensor:
     return out
 
 
-def make_tensors(
-    heads: int, kv: int, size: int, dtype: torch.dtype, biases: tuple[str, ...] = ()
-) -> dict[str, Tensor]:
+def make_tensors(heads: int, kv: int, size: int, dtype: torch.dtype, biases: tuple[str, ...] = ()) -> dict[str, Tensor]:
     """A model under transformers' names, its matrices of `dtype`, the rest float32 as in all GGUF files."""
     generator = torch.Generator().manual_seed(heads * 100 + kv * 10 + size)
     shapes: dict[str, tuple[int, ...]] = {
@@ -148,9 +146,7 @@ def tiny(tmp_path: Path) -> Path:
     [(4, 4, 8), (4, 2, 8), (4, 1, 8), (3, 1, 16)],
     ids=["mha", "gqa", "mqa", "wide-heads"],
 )
-def test_plain_tensors_come_back_bit_for_bit(
-    tmp_path: Path, heads: int, kv: int, size: int, kind: Type
-) -> None:
+def test_plain_tensors_come_back_bit_for_bit(tmp_path: Path, heads: int, kv: int, size: int, kind: Type) -> None:
     biases = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
     tensors = make_tensors(heads, kv, size, DTYPES[kind], biases)
     checkpoint = GGUFFormat().open(write(tmp_path / "m.gguf", tensors, heads=heads, kv=kv, size=size))
@@ -266,9 +262,7 @@ def test_header_agrees_with_the_gguf_package(tmp_path: Path) -> None:
         if isinstance(value, dict):
             assert value["length"] == len(expected)
         else:
-            assert (
-                value == pytest.approx(expected, rel=1e-7) if isinstance(value, float) else value == expected
-            )
+            assert value == pytest.approx(expected, rel=1e-7) if isinstance(value, float) else value == expected
     assert part.metadata["test.long"] == {"type": "int32", "length": 1000}
     assert part.metadata["tokenizer.ggml.tokens"] == {"type": "string", "length": 300}
     offsets = {t.name: (t.data_offset, t.n_bytes) for t in reader.tensors}
@@ -304,9 +298,7 @@ def rope_of(
 def test_rope_scaling_keys(tmp_path: Path) -> None:
     linear = rope_of(tmp_path, lambda w: scale(w, "linear", factor=4.0))
     assert linear == {"rope_type": "linear", "rope_theta": 500000.0, "factor": 4.0}
-    yarn = rope_of(
-        tmp_path, lambda w: scale(w, "yarn", factor=4.0, original_context_length=64, yarn_beta_fast=16.0)
-    )
+    yarn = rope_of(tmp_path, lambda w: scale(w, "yarn", factor=4.0, original_context_length=64, yarn_beta_fast=16.0))
     assert yarn == {
         "rope_type": "yarn",
         "rope_theta": 500000.0,
@@ -420,18 +412,12 @@ def test_tensor_list_must_be_the_architectures(tmp_path: Path) -> None:
     tensors, path = make_tensors(4, 2, 8, torch.float16), tmp_path / "m.gguf"
     with pytest.raises(InputError, match=r"a model of 2 layers has no tensor 'model\.layers\.2\.mlp"):
         GGUFFormat().open(write(path, tensors | {"model.layers.2.mlp.up_proj.weight": tensors[K]}))
-    biases = {
-        f"model.layers.{i}.self_attn.{leaf}.bias": 32 for i in range(LAYERS) for leaf in ("q_proj", "o_proj")
-    }
+    biases = {f"model.layers.{i}.self_attn.{leaf}.bias": 32 for i in range(LAYERS) for leaf in ("q_proj", "o_proj")}
     some = tensors | {name: torch.zeros(rows) for name, rows in biases.items()}
-    with pytest.raises(
-        InputError, match=r"lacks tensor 'model\.layers\.0\.self_attn\.k_proj\.bias' and 3 others"
-    ):
+    with pytest.raises(InputError, match=r"lacks tensor 'model\.layers\.0\.self_attn\.k_proj\.bias' and 3 others"):
         GGUFFormat().open(write(path, some))
     norm = {"model.layers.0.self_attn.q_norm.weight": torch.ones(8)}
-    with pytest.raises(
-        InputError, match=r"tensor 'blk\.0\.attn_q_norm\.weight' is none of architecture 'llama'"
-    ):
+    with pytest.raises(InputError, match=r"tensor 'blk\.0\.attn_q_norm\.weight' is none of architecture 'llama'"):
         GGUFFormat().open(write(path, tensors | norm))
     del tensors[K]
     with pytest.raises(InputError, match=f"lacks tensor '{K}'$"):
@@ -530,9 +516,7 @@ def byte_level(writer: gguf.GGUFWriter, pre: str) -> None:
     writer.add_bos_token_id(tokens.index("<|end|>"))
     writer.add_eos_token_id(tokens.index("<|end|>"))
     writer.add_eot_token_id(tokens.index("abc"))
-    writer.add_chat_template(
-        [{"name": "default", "template": "{{ d }}"}, {"name": "tool", "template": "{{ t }}"}]
-    )
+    writer.add_chat_template([{"name": "default", "template": "{{ d }}"}, {"name": "tool", "template": "{{ t }}"}])
 
 
 def tokenizer_of(path: Path, folder: Path) -> object:
@@ -558,9 +542,7 @@ def tokenizer_of(path: Path, folder: Path) -> object:
     ],
 )
 def test_byte_level_tokenizer(tmp_path: Path, pre: str, indented: list[str], word: list[str]) -> None:
-    path = write(
-        tmp_path / "m.gguf", make_tensors(4, 2, 8, torch.float16), more=lambda writer: byte_level(writer, pre)
-    )
+    path = write(tmp_path / "m.gguf", make_tensors(4, 2, 8, torch.float16), more=lambda writer: byte_level(writer, pre))
     folder = tmp_path / "folder"
     folder.mkdir()
     tokenizer = tokenizer_of(path, folder)
@@ -599,14 +581,10 @@ def test_sentencepiece_tokenizer_keeps_leading_spaces(tmp_path: Path) -> None:
 
 def test_unknown_tokenizers_are_refused(tmp_path: Path) -> None:
     tensors = make_tensors(4, 2, 8, torch.float16)
-    checkpoint = GGUFFormat().open(
-        write(tmp_path / "m.gguf", tensors, more=lambda w: byte_level(w, "viking"))
-    )
+    checkpoint = GGUFFormat().open(write(tmp_path / "m.gguf", tensors, more=lambda w: byte_level(w, "viking")))
     with pytest.raises(InputError, match=r"tokenizer\.ggml\.pre is 'viking'"):
         _ = checkpoint.side_files
-    checkpoint = GGUFFormat().open(
-        write(tmp_path / "m.gguf", tensors, more=lambda w: w.add_tokenizer_model("rwkv"))
-    )
+    checkpoint = GGUFFormat().open(write(tmp_path / "m.gguf", tensors, more=lambda w: w.add_tokenizer_model("rwkv")))
     with pytest.raises(InputError, match="kind 'rwkv'"):
         _ = checkpoint.side_files
 
