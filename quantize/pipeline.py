@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantize import __version__, formats, methods
+from quantize import formats, methods
 from quantize.calib_data import CalibrationText, token_rows
 from quantize.checkpoint import fingerprint, is_quantized, open_checkpoint
 from quantize.errors import InputError, ResourceError, UsageError
@@ -32,6 +32,7 @@ from quantize.store import StatisticsFile
 from quantize.sweep import Sweep
 from quantize.tokenizer import load_tokenizer
 from quantize.trace import trace
+from quantize.version import VERSION
 from quantize.writer import OutputFolder, check_target
 
 SAMPLES = 64
@@ -492,8 +493,8 @@ class Job:
     def _identity(self, text: CalibrationText | None) -> dict[str, Any]:
         """Returns everything that decides the output's bytes."""
         return {
-            "version": __version__,
-            "torch": torch.__version__,
+            "version": VERSION,
+            "torch": torch.VERSION,
             "model": fingerprint(self.checkpoint),
             "plan": [(e.name, str(e.scheme)) for e in self.plan.entries],
             "settings": self._recorded_settings(text),
@@ -503,7 +504,7 @@ class Job:
     def _recorded_settings(self, text: CalibrationText | None) -> dict[str, Any]:
         settings = self.settings
         used = sorted({str(entry.scheme) for entry in self.plan.quantized})
-        record: dict[str, Any] = {"scheme": ", ".join(used) if used else "none", "version": __version__}
+        record: dict[str, Any] = {"scheme": ", ".join(used) if used else "none", "version": VERSION}
         if text is not None:
             record |= {
                 "calibration": ", ".join(Path(s).name if Path(s).exists() else s for s in text.sources),
