@@ -494,7 +494,7 @@ class Job:
         """Returns everything that decides the output's bytes."""
         return {
             "version": VERSION,
-            "torch": torch.VERSION,
+            "torch": torch.__version__,
             "model": fingerprint(self.checkpoint),
             "plan": [(e.name, str(e.scheme)) for e in self.plan.entries],
             "settings": self._recorded_settings(text),
