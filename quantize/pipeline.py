@@ -27,6 +27,7 @@ from quantize.progress import Progress, silent
 from quantize.recipe import parse_rule, read_recipe
 from quantize.report import REPORT, Report, card, figures
 from quantize.schemes import Plain, QuantizedTensor, Scheme, dtype_name, parse_scheme
+from quantize.selftext import SELF, sample_rows
 from quantize.skeleton import Skeleton
 from quantize.store import StatisticsFile
 from quantize.sweep import Sweep
@@ -178,9 +179,11 @@ class Job:
             for block, result in self._results(output, text, statistics, identity, pool):
                 self._store(output, block, result)
         record = self._records(output)
-        notes = (*self.plan.notices, *(note for row in record.values() for note in row["notes"]))
-        if self.settings.strict and (notes or self.plan.fallbacks):
-            first = notes[0] if notes else f"{self.plan.fallbacks[0].name} {self.plan.fallbacks[0].rule}"
+        heard = text.notices if text is not None else ()
+        notes = (*self.plan.notices, *heard, *(note for row in record.values() for note in row["notes"]))
+        local = [note for row in record.values() for note in row["notes"]]
+        if self.settings.strict and (local or self.plan.fallbacks):
+            first = local[0] if local else f"{self.plan.fallbacks[0].name} {self.plan.fallbacks[0].rule}"
             raise UsageError(f"--strict: {first}", "allow it, or exclude the tensor by a rule")
         output.verify()
         report = Report(
@@ -482,13 +485,30 @@ class Job:
             raise UsageError(
                 f"method {self.choice.method if self.choice else ''} needs calibration text", "drop --calib none"
             )
-        return token_rows(
-            sources,
-            load_tokenizer(self.checkpoint),
-            rows=self.settings.calib_samples,
-            length=self.settings.calib_length,
-            seed=self.settings.seed,
-        )
+        return self._mixed_rows(tuple(sources))
+
+    def _mixed_rows(self, sources: tuple[str, ...]) -> CalibrationText:
+        """Returns the rows of all sources, row r from source r % n; those of `self` are sampled from the model."""
+        count, length, seed = self.settings.calib_samples, self.settings.calib_length, self.settings.seed
+        tokenizer = load_tokenizer(self.checkpoint)
+        if SELF not in sources:
+            return token_rows(sources, tokenizer, rows=count, length=length, seed=seed)
+        own = [row for row in range(count) if sources[row % len(sources)] == SELF]
+        with one_torch_thread():
+            sampled = sample_rows(
+                self.skeleton, self.checkpoint, tokenizer,
+                rows=len(own), length=length, seed=seed, progress=self.progress,
+            )  # fmt: skip
+        others = tuple(source for source in sources if source != SELF)
+        notices: tuple[str, ...] = ()
+        special = int(torch.isin(sampled, torch.tensor(tokenizer.all_special_ids)).sum())
+        ids = torch.empty(count, length, dtype=torch.int64)
+        ids[own] = sampled
+        if others:
+            rest = token_rows(others, tokenizer, rows=count - len(own), length=length, seed=seed)
+            ids[[row for row in range(count) if row not in set(own)]] = rest.ids
+            special, notices = special + rest.special_tokens, rest.notices
+        return CalibrationText(ids, sources, hashlib.sha256(ids.numpy().tobytes()).hexdigest(), special, notices)
 
     def _identity(self, text: CalibrationText | None) -> dict[str, Any]:
         """Returns everything that decides the output's bytes."""

@@ -104,6 +104,17 @@ class Skeleton:
                 values |= convert(conversion, read, self.model)
         return {name: value for name, value in values.items() if wanted(name)}
 
+    def put(self, values: Mapping[str, Tensor]) -> None:
+        """Puts tensors in place of parameters or buffers, by name; matrices tied to one of them follow."""
+        tied = {name: values[other] for name, other in self.tied.items() if other in values}
+        for name, value in {**values, **tied}.items():
+            path, _, leaf = name.rpartition(".")
+            module = self.model.get_submodule(path)
+            if leaf in module._parameters:
+                module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+            else:
+                module._buffers[leaf] = value
+
     def stored_names(self, path: str) -> tuple[str, ...]:
         """Returns the stored tensors that parameters under a module path are made of, in file order."""
         prefix = f"{path}."
