@@ -12,6 +12,8 @@ from torch import Tensor
 # The largest and the smallest positive float16: a stored scale must be neither inf nor 0.
 _SCALE_MAX = 65504.0
 _SCALE_MIN = 2.0**-24
+# Below this, float16 values are multiples of _SCALE_MIN.
+_SCALE_NORMAL = 2.0**-14
 
 
 def extremes(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
@@ -38,14 +40,16 @@ def grid(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor,
     """
     top = 2**bits - 1
     middle = 2 ** (bits - 1)
-    if symmetric:
-        span = torch.maximum(high / (top - middle), low / -middle)
-    else:
-        span = (high - low) / top
-    scales = span.clamp(_SCALE_MIN, _SCALE_MAX).half().float()
+    span = torch.maximum(high / (top - middle), low / -middle) if symmetric else high / top - low / top
+    # Rounding so coarse would push the extremes of a group of tiny weights off its grid: such scales are rounded up.
+    fine = torch.where(span < _SCALE_NORMAL, (span / _SCALE_MIN).ceil() * _SCALE_MIN, span)
+    scales = fine.clamp(_SCALE_MIN, _SCALE_MAX).half().float()
     scales = torch.where((low == 0) & (high == 0), torch.ones_like(scales), scales)
-    zeros = torch.full_like(scales, middle) if symmetric else (-low / scales).round_().clamp_(0, top)
-    return scales, zeros
+    if symmetric:
+        return scales, torch.full_like(scales, middle)
+    # Where the grid cannot span the group, both its sides are cut in proportion.
+    steps = torch.where(span > _SCALE_MAX, span.clamp_max(torch.finfo(span.dtype).max), scales)
+    return scales, (-low / steps).round_().clamp_(0, top)
 
 
 def round_to_codes(weight: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
@@ -57,8 +61,8 @@ def round_to_codes(weight: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> 
 
 def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     """Returns `(codes - zeros) * scales` as float32 `[rows, cols]`; scales and zeros are `[rows, groups]`."""
-    groups = codes.reshape(*scales.shape, -1).float()
-    return groups.sub_(zeros.float().unsqueeze(-1)).mul_(scales.float().unsqueeze(-1)).reshape(codes.shape)
+    groups = codes.reshape(*scales.shape, -1)
+    return (groups - zeros.float().unsqueeze(-1)).mul_(scales.float().unsqueeze(-1)).reshape(codes.shape)
 
 
 def round_trip(weight: Tensor, low: Tensor, high: Tensor, bits: int, symmetric: bool) -> Tensor:
