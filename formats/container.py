@@ -8,6 +8,7 @@ object `name -> {dtype, shape, data_offsets}`, then the data.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,27 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantize import schemes
 from quantize.errors import InputError
 from quantize.formats.base import Piece
 from quantize.schemes import Shape
 
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+DTYPES: dict[str, torch.dtype] = {name.upper(): dtype for name, dtype in schemes.DTYPES.items()}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # The limit of the safetensors package; a larger length means the file is no safetensors file.
 _MAX_HEADER = 100_000_000
+_MAX_SIZE = 2**63  # of a dimension, and of the product of all: torch counts in int64
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,43 +52,52 @@ def read_header(file: Path) -> tuple[dict[str, Extent], dict[str, str]]:
         with file.open("rb") as stream:
             start = stream.read(8)
             length = int.from_bytes(start, "little")
-            if start == b"version " or start[:7] == b"version":
+            if start.startswith(b"version"):
                 raise InputError(f"{file}: a git-lfs pointer, not the weights", "fetch them with 'git lfs pull'")
             if len(start) < 8 or not 2 <= length <= min(_MAX_HEADER, size - 8):
                 raise InputError(f"{file}: truncated, or no safetensors file", "download it again")
             table = json.loads(stream.read(length))
     except OSError as error:
         raise InputError(f"{file}: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: its header is not valid JSON", "download it again") from error
     if not isinstance(table, dict):
         raise InputError(f"{file}: its header is no table of tensors")
     metadata = table.pop("__metadata__", {})
-    extents: dict[str, Extent] = {}
-    for name, entry in table.items():
-        extents[name] = _extent(file, name, entry, 8 + length, size)
-    ordered = dict(sorted(extents.items(), key=lambda item: item[1].offset))
+    extents = {name: _extent(file, name, entry, 8 + length, size) for name, entry in table.items()}
+    ordered = dict(sorted(extents.items(), key=lambda item: (item[1].offset, item[1].nbytes)))
+    _require_whole(file, ordered, 8 + length, size)
     return ordered, metadata if isinstance(metadata, dict) else {}
 
 
-def _extent(file: Path, name: str, entry: object, data: int, size: int) -> Extent:
+def _extent(file: Path, name: str, entry: Any, data: int, size: int) -> Extent:
     """Returns one checked header entry; every number in it ends up in a read, so none is trusted."""
     try:
-        assert isinstance(entry, dict)
         code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        sound = all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)) and begin <= end
-    except (AssertionError, KeyError, TypeError, ValueError):
+        dtype = DTYPES.get(code)
+    except (KeyError, TypeError, ValueError):
         raise InputError(f"{file}: tensor '{name}' has a malformed header entry") from None
-    if code not in DTYPES:
-        raise InputError(f"{file}: tensor '{name}' has the unknown type {code}")
-    count = 1
-    for n in shape:
-        count *= n
-    if not sound or end - begin != count * DTYPES[code].itemsize:
+    if dtype is None:
+        raise InputError(f"{file}: tensor '{name}' has the unknown type {code!r}")
+    if not all(type(n) is int and 0 <= n < _MAX_SIZE for n in (*shape, begin, end)):
+        raise InputError(f"{file}: tensor '{name}' has a malformed header entry")
+    if math.prod(n for n in shape if n) >= _MAX_SIZE or end - begin != math.prod(shape) * dtype.itemsize:
         raise InputError(f"{file}: tensor '{name}' claims {end - begin} bytes for shape {list(shape)} of {code}")
     if data + end > size:
         raise InputError(f"{file}: truncated: tensor '{name}' ends at byte {data + end} of {size}", "download it again")
-    return Extent(file, DTYPES[code], shape, data + begin, end - begin)
+    return Extent(file, dtype, shape, data + begin, end - begin)
+
+
+def _require_whole(file: Path, extents: Mapping[str, Extent], data: int, size: int) -> None:
+    """Refuses arrays that overlap and bytes that belong to none, as the safetensors package does."""
+    end = data
+    for name, extent in extents.items():
+        if extent.offset != end:
+            what = "overlaps another" if extent.offset < end else "leaves a gap before it"
+            raise InputError(f"{file}: tensor '{name}' {what}", "download it again")
+        end += extent.nbytes
+    if end != size:
+        raise InputError(f"{file}: {size - end} bytes after the last tensor", "download it again")
 
 
 def read_rows(extent: Extent, start: int = 0, stop: int | None = None) -> Tensor:
@@ -133,11 +132,14 @@ def read_rows(extent: Extent, start: int = 0, stop: int | None = None) -> Tensor
 
 
 def layout(pieces: Iterable[Piece], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int], int]:
-    """Returns `(header bytes, absolute offset of each piece, file size)` of a file that holds `pieces` in order."""
+    """Returns `(header bytes, absolute offset of each piece, file size)` of a file that holds `pieces`.
+
+    They lie in order, unless one would not be aligned to its elements: then those with large elements come first.
+    """
     table: dict[str, object] = {"__metadata__": dict(metadata)}
     relative: dict[str, int] = {}
     end = 0
-    for piece in pieces:
+    for piece in _aligned(list(pieces)):
         relative[piece.name] = end
         table[piece.name] = {
             "dtype": _NAMES[piece.dtype],
@@ -150,6 +152,16 @@ def layout(pieces: Iterable[Piece], metadata: Mapping[str, str]) -> tuple[bytes,
     start = 8 + len(text)
     header = len(text).to_bytes(8, "little") + text
     return header, {name: start + offset for name, offset in relative.items()}, start + end
+
+
+def _aligned(pieces: list[Piece]) -> list[Piece]:
+    """Returns the pieces as they are, or largest elements first where an odd size would misalign one."""
+    end = 0
+    for piece in pieces:
+        if end % piece.dtype.itemsize:
+            return sorted(pieces, key=lambda piece: -piece.dtype.itemsize)
+        end += piece.nbytes
+    return pieces
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

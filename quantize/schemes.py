@@ -65,21 +65,30 @@ class QuantizedTensor:
         return self.scheme.decode(self)
 
 
-_DTYPES: dict[str, torch.dtype] = {
+# The spelling in recipes; safetensors headers have the same in upper case.
+DTYPES: dict[str, torch.dtype] = {
     "f64": torch.float64,
     "f32": torch.float32,
     "f16": torch.float16,
     "bf16": torch.bfloat16,
     "f8_e4m3": torch.float8_e4m3fn,
     "f8_e5m2": torch.float8_e5m2,
+    "f8_e4m3fnuz": torch.float8_e4m3fnuz,
+    "f8_e5m2fnuz": torch.float8_e5m2fnuz,
+    "c64": torch.complex64,
     "i64": torch.int64,
     "i32": torch.int32,
     "i16": torch.int16,
     "i8": torch.int8,
+    "u64": torch.uint64,
+    "u32": torch.uint32,
+    "u16": torch.uint16,
     "u8": torch.uint8,
     "bool": torch.bool,
 }
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+if hasattr(torch, "float8_e8m0fnu"):  # torch 2.7
+    DTYPES["f8_e8m0"] = torch.float8_e8m0fnu
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -276,7 +285,7 @@ def _affine(match: re.Match[str]) -> Scheme:
 # One row per family of grids: its spelling and how to build it from the match.
 _SPELLINGS: list[tuple[str, Callable[[re.Match[str]], Scheme]]] = [
     (r"int(?P<bits>\d+)-(?P<group>g\d+|row)(?P<sym>-sym)?", _affine),
-    ("|".join(_DTYPES), lambda match: Plain(_DTYPES[match[0]])),
+    ("|".join(DTYPES), lambda match: Plain(DTYPES[match[0]])),
     (r"i?q\d_\w+|tq\d_0|(mx|nv)fp4", lambda match: GGMLBlock(match[0])),
 ]
 
