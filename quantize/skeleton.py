@@ -27,6 +27,7 @@ from quantize.formats.base import Checkpoint
 _ROUTERS = ("router", "gate", "shared_expert_gate", "shared_experts_gate")
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _MAX_NAMED = 3
+_MATRIX = 2
 # Parts of larger models that a language model class does not build: copied, never lost.
 _OTHER_PARTS = (r"(^|\.)mtp\.", r"(^|\.)(visual|vision_\w+|audio_\w+|multi_modal_projector)\.")
 
@@ -127,18 +128,22 @@ class Skeleton:
 
     def role(self, name: str) -> str:
         """Returns what a stored tensor that is no quantizable linear is to the model, as the name of a rule."""
-        output = next(c.outputs[0] for c in self.conversions.values() if name in c.names)
+        output = self.conversion_of[name].outputs[0]
         path, _, leaf = output.rpartition(".")
         module = self.model.get_submodule(path)
         if isinstance(module, nn.Embedding):
             return "copied: embedding"
         if path == self.head:
             return "copied: head"
-        if isinstance(module, nn.Linear) and leaf == "weight":
-            return "copied: router" if self.block_of(path) else "copied: linear outside the blocks"
-        if leaf in dict(module.named_buffers(recurse=False)):
+        if self.block_of(path) is None:
+            return "copied: outside the blocks"
+        if leaf in module._buffers:
             return "copied: buffer"
-        return "copied: norm, bias or other small part" if self.block_of(path) else "copied: outside the blocks"
+        value = module._parameters[leaf]
+        assert value is not None
+        if self._routes(path, value):
+            return "copied: router"
+        return "copied: norm, bias or other vector" if value.dim() < _MATRIX else "copied: no plain linear"
 
     def ignores(self, name: str) -> bool:
         """Returns whether a tensor without a module is known: transformers lists it, or it is of another tower."""
@@ -152,10 +157,32 @@ class Skeleton:
         return found is not None and count is not None and int(found[1]) >= count
 
     @cached_property
+    def conversion_of(self) -> Mapping[str, Conversion]:
+        """The conversion that each stored tensor goes into."""
+        return {name: conversion for conversion in self.conversions.values() for name in conversion.names}
+
+    @cached_property
+    def source_of(self) -> Mapping[str, Conversion]:
+        """The conversion that each parameter comes from."""
+        return {output: conversion for conversion in self.conversions.values() for output in conversion.outputs}
+
+    def whole(self, parameter: str) -> str | None:
+        """Returns the stored tensor that is this parameter unchanged, following ties; None if there is none."""
+        parameter = parameter if parameter in self.source_of else self.tied.get(parameter, parameter)
+        conversion = self.source_of.get(parameter)
+        return conversion.names[0] if conversion is not None and conversion.rule is None else None
+
+    @cached_property
     def head(self) -> str | None:
         """Module path of the output embedding, or None."""
         wanted = self.model.get_output_embeddings()
         return next((path for path, module in self.model.named_modules() if module is wanted), None)
+
+    @property
+    def head_tied(self) -> bool:
+        """Whether the head multiplies by the embedding's matrix."""
+        head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        return head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", ...)
 
     @cached_property
     def tied(self) -> Mapping[str, str]:
@@ -176,13 +203,16 @@ class Skeleton:
         return frozenset(self.blocks)
 
     def _multiplies(self, module: nn.Module | None, path: str, leaf: str) -> bool:
-        name = path.rpartition(".")[2]
         if isinstance(module, nn.Linear):
-            counts = {getattr(self.model.config.get_text_config(), key, None) for key in _EXPERT_COUNTS}
-            router = name in _ROUTERS or module.out_features == 1 or module.out_features in counts - {None}
-            return leaf == "weight" and not router
+            return leaf == "weight" and not self._routes(path, module.weight)
         stacked = getattr(module, leaf, None)
         return "experts" in path.split(".") and isinstance(stacked, Tensor) and stacked.dim() == 3
+
+    def _routes(self, path: str, weight: Tensor) -> bool:
+        """Returns whether a parameter of a module is a matrix that decides on routing."""
+        counts = {getattr(self.model.config.get_text_config(), key, None) for key in _EXPERT_COUNTS}
+        named = path.rpartition(".")[2] in _ROUTERS
+        return weight.dim() == _MATRIX and (named or weight.shape[0] == 1 or weight.shape[0] in counts)
 
     def _require_all(self, checkpoint: Checkpoint, assume_tied: bool) -> None:
         have = {output for conversion in self.conversions.values() for output in conversion.outputs}
@@ -253,7 +283,9 @@ def _build(checkpoint: Checkpoint, assume_tied: bool) -> Any:
             f"{checkpoint.path}: unknown architecture '{names[0]}'",
             f"transformers {transformers.__version__} does not define it",
         )
-    with quiet_transformers():
+    # no random number of the caller's is used up, and none of theirs gets in
+    with quiet_transformers(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
         try:
             config = CONFIG_MAPPING[kind].from_dict(values)
             # one linear call per expert, so that each expert's input can be told apart
@@ -283,11 +315,22 @@ def _default_class(config: Any) -> Any:
     return mapping[type(config)]
 
 
-def _blocks(model: nn.Module) -> Iterator[str]:
-    """Yields the paths of the repeated blocks: members of outermost module lists that are no plain layers."""
+def _blocks(model: Any) -> Iterator[str]:
+    """Yields the paths of the repeated blocks: members of outermost module lists that are no plain layers.
+
+    Those of towers for images or sound are none of ours: a submodel belongs to the language model if its config is of
+    the same kind as the whole model's or as the text config in it.
+    """
+    config = model.config
+    kinds = {type(config), *(type(config.get_text_config(**part)) for part in ({"decoder": True}, {"encoder": True}))}
+    towers = [
+        path
+        for path, module in model.named_modules()
+        if path and hasattr(module, "config_class") and type(module.config) not in kinds
+    ]
     lists: list[str] = []
     for path, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or any(path.startswith(f"{outer}.") for outer in lists):
+        if not isinstance(module, nn.ModuleList) or any(path.startswith(f"{outer}.") for outer in (*lists, *towers)):
             continue
         if all(any(True for _ in member.children()) for member in module) and len(module):
             lists.append(path)

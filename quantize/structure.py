@@ -5,6 +5,7 @@ Values only; `quantize.trace` finds them by running a block.
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -81,21 +82,35 @@ class Input:
         return {name: weights[name] * scale for name in self.consumers}
 
 
+def grouped(inputs: Iterable[Input]) -> list[tuple[Input, ...]]:
+    """Returns the inputs in groups that one scale serves: those with the same fold, each of the others alone.
+
+    A norm that feeds a router and its experts is one fold of many inputs: each expert sees other tokens, so each has
+    statistics of its own, but the norm can take back one scale only.
+    """
+    groups: dict[Fold | str, list[Input]] = {}
+    for item in inputs:
+        groups.setdefault(item.fold or item.name, []).append(item)
+    return [tuple(group) for group in groups.values()]
+
+
 def fold_all(inputs: Iterable[Input], weights: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns the stored tensors that change when each input in `scales` is scaled and its fold taken back.
 
     Args:
         inputs: Inputs of one block.
         weights: float32 by stored name; not changed.
-        scales: By input name, one factor for each *row* of the fold's producer.
+        scales: By input name, one factor for each *row* of the fold's producer. Inputs that share a fold share the
+            scale: the first of them that is named gives it.
     """
     changed: dict[str, Tensor] = {}
-    for item in inputs:
-        if item.fold is None or item.name not in scales:
+    now = ChainMap(changed, dict(weights))
+    for group in grouped(inputs):
+        fold = group[0].fold
+        rows = next((scales[item.name] for item in group if item.name in scales), None)
+        if fold is None or rows is None:
             continue
-        now = {**weights, **changed}
-        rows = scales[item.name]
-        changed |= item.fold.apply(now, rows)
-        now |= changed
-        changed |= item.scale_consumers(now, rows[item.fold.row_of(item.width)])
+        changed |= fold.apply(now, rows)
+        for item in group:
+            changed |= item.scale_consumers(now, rows[fold.row_of(item.width)])
     return changed

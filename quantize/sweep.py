@@ -13,8 +13,10 @@ from __future__ import annotations
 import queue
 import tempfile
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import ChainMap, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from quantize.errors import InputError
 from quantize.formats.base import Checkpoint
 from quantize.formats.container import buffer_bytes
+from quantize.parallel import one_torch_thread
 from quantize.skeleton import Skeleton
 from quantize.statistics import Accumulator, Statistics
 
@@ -47,22 +51,66 @@ class _Abandoned(BaseException):
     """Ends a batch's thread; a BaseException so that no model code swallows it."""
 
 
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What a trial run of a block showed.
+
+    Attributes:
+        calls: Site and input of every linear map, in order. The inputs are kept alive, so that equal addresses mean
+            the same tensor.
+        used: Names of the block's parameters that took part in any computation.
+        output: The floating tensors of the block's result, and of what it left in its arguments for later blocks.
+    """
+
+    calls: list[tuple[Site, Tensor]]
+    used: set[str]
+    output: list[Tensor]
+
+
 class _Watcher(TorchFunctionMode):
     """Reports the input of every linear map by a known parameter, however the model applies it."""
 
-    def __init__(self, parameters: Mapping[int, tuple[str, Tensor]], observe: Observe) -> None:
+    def __init__(
+        self, parameters: Mapping[int, tuple[str, Tensor]], observe: Observe, used: set[str] | None = None
+    ) -> None:
         super().__init__()
         self._parameters = parameters
         self._observe = observe
+        self._used = used
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is nn.functional.linear:
             weight = args[1] if len(args) > 1 else (kwargs or {})["weight"]
             known = self._parameters.get(weight.untyped_storage().data_ptr())
-            if known is not None:
+            # a transposed or cut view is no map whose input has the columns of the parameter
+            if known is not None and weight.is_contiguous() and weight.shape == known[1].shape[-2:]:
                 name, whole = known
                 index = -1 if whole.dim() < 3 else weight.storage_offset() // whole.stride(0)
                 self._observe(Site((name, index)), args[0] if args else kwargs["input"])
+        if self._used is not None and getattr(func, "__name__", "") != "__get__":
+            self._used.update(
+                self._parameters[key][0]
+                for value in _flat((args, kwargs))
+                if isinstance(value, nn.Parameter) and (key := value.untyped_storage().data_ptr()) in self._parameters
+            )
+        return func(*args, **(kwargs or {}))
+
+
+class _Paging(TorchFunctionMode):
+    """Reads embeddings and the head from disk as they are used: only the rows looked up, or a run at a time."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        super().__init__()
+        self._sweep = sweep
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (nn.functional.embedding, nn.functional.linear) and len(args) > 1:
+            name = self._sweep.paged.get(id(args[1]))
+            if name is not None and func is nn.functional.embedding:
+                return self._sweep.look_up(name, args[0])
+            if name is not None:
+                bias = args[2] if len(args) > 2 else (kwargs or {}).get("bias")
+                return self._sweep.run_head(name, args[0], bias)
         return func(*args, **(kwargs or {}))
 
 
@@ -83,8 +131,8 @@ class _Batch(threading.Thread):
     def run(self) -> None:
         self.go.acquire()
         try:
-            with torch.no_grad():
-                torch.set_num_threads(1)
+            torch.set_num_threads(1)
+            with torch.no_grad(), _Paging(self._sweep):
                 self.result = self._sweep.skeleton.model(**self._inputs).logits
         except _Abandoned:
             pass
@@ -119,6 +167,7 @@ class Stage:
         self._sweep = sweep
         self._batches = batches
         self._loaded: dict[str, Tensor] = {}
+        self._changed: set[str] = set()
 
     def load(self, changed: Mapping[str, Tensor] | None = None) -> None:
         """Puts the stored tensors, with those in `changed` exchanged, into the module.
@@ -126,12 +175,23 @@ class Stage:
         Args:
             changed: Stored name to float32 tensor; what it does not name is as in `weights`.
         """
+        skeleton = self._sweep.skeleton
+        changed = changed or {}
         if not self.weights:
-            self.weights = {n: self._sweep.read(n) for n in self._sweep.skeleton.stored_names(self.path)}
-        values = self.weights if changed is None else {**self.weights, **changed}
-        self._loaded = self._sweep.skeleton.fill(self._owns, values.__getitem__)
-        for name, value in self._loaded.items():
-            _set(self._sweep.skeleton.model, name, value)
+            self.weights = {n: self._sweep.read(n) for n in skeleton.stored_names(self.path)}
+            stale = set(self.weights)
+        else:
+            stale = self._changed | set(changed)
+        self._changed = set(changed)
+        values = ChainMap(dict(changed), self.weights)
+        outputs = {output for name in stale for output in skeleton.conversion_of[name].outputs}
+        for name in outputs & set(self._loaded):
+            _set(skeleton.model, name, torch.empty(0))  # freed before its successor is made
+            del self._loaded[name]
+        loaded = skeleton.fill(lambda name: name in outputs and self._owns(name), values.__getitem__)
+        for name, value in loaded.items():
+            _set(skeleton.model, name, value)
+        self._loaded |= loaded
 
     def unload(self) -> None:
         """Drops all weights."""
@@ -139,19 +199,15 @@ class Stage:
             _set(self._sweep.skeleton.model, name, torch.empty_like(value, device="meta"))
         self._loaded, self.weights = {}, {}
 
-    def probe(self, observe: Observe) -> list[Tensor]:
-        """Runs the probe batch through the block without letting it go on.
-
-        Args:
-            observe: Called with each linear map's site and input.
-
-        Returns:
-            The floating tensors of the block's output.
-        """
-        args, kwargs = self._batches[0].call
-        forward = self._sweep.originals[self.path]
-        with torch.no_grad(), _Watcher(self._watched(), observe):
-            return list(_tensors(forward(*_fresh(args), **_fresh(kwargs))))
+    def probe(self) -> Trial:
+        """Runs the probe batch through the block without letting it go on, and without touching what it carries."""
+        args, kwargs = _fresh(self._batches[0].call)
+        calls: list[tuple[Site, Tensor]] = []
+        used: set[str] = set()
+        watcher = _Watcher(self._watched(), lambda site, x: calls.append((site, x)), used)
+        with torch.no_grad(), _Paging(self._sweep), watcher:
+            result = self._sweep.originals[self.path](*args, **kwargs)
+        return Trial(calls, used, list(_tensors((result, args, kwargs))))
 
     def run(self, groups: Mapping[Site, str] | None = None) -> dict[str, Statistics]:
         """Lets all batches pass through the block.
@@ -227,25 +283,31 @@ class Sweep:
         self.abandoned = False
         self.originals: dict[str, Callable[..., Any]] = {}
         self.observers: dict[str, Any] = {}
+        self.paged: dict[int, str] = {}
         self._checkpoint = checkpoint
         self._threads = max(1, threads)
         self._keep = keep
-        self._spill = _Spill(budget, folder)
+        self._spill = _Spill(budget, folder, skeleton.model.buffers())
         self._lock = threading.RLock()
         self._resident: set[str] = set()
-        self._undo: list[Callable[[], None]] = []
+        self._undo = ExitStack()
         everything = [*([probe] if probe is not None else []), *batches]
         self._batches = [_Batch(self, i, self._inputs(ids)) for i, ids in enumerate(everything)]
 
     def __enter__(self) -> Sweep:
-        self._patch()
-        before = threading.stack_size(_STACK)
         try:
-            for batch in self._batches:
-                batch.start()
-        finally:
-            threading.stack_size(before)
-        self.release(self._batches)
+            self._undo.enter_context(one_torch_thread())
+            self._patch()
+            before = threading.stack_size(_STACK)
+            try:
+                for batch in self._batches:
+                    batch.start()
+            finally:
+                threading.stack_size(before)
+            self.release(self._batches)
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -253,10 +315,9 @@ class Sweep:
         for batch in self._batches:
             batch.go.release()
         for batch in self._batches:
-            batch.join()
-        for undo in reversed(self._undo):
-            undo()
-        self._spill.close()
+            if batch.ident is not None:
+                batch.join()
+        self._undo.close()
 
     def read(self, name: str) -> Tensor:
         """Returns a stored tensor, float32 where it is floating."""
@@ -308,105 +369,116 @@ class Sweep:
             inputs["decoder_input_ids"] = ids
         return inputs
 
+    def look_up(self, name: str, ids: Tensor) -> Tensor:
+        """Returns the rows of a stored embedding that `ids` name, float32."""
+        rows, compact = torch.unique(ids, return_inverse=True)
+        values = torch.cat([self._checkpoint.read(name, row, row + 1) for row in rows.tolist()])
+        return values.float()[compact]
+
+    def run_head(self, name: str, hidden: Tensor, bias: Tensor | None) -> Tensor:
+        """Multiplies by the stored head a run of vocabulary rows at a time, for the kept positions only."""
+        batch = threading.current_thread()
+        assert isinstance(batch, _Batch)
+        batch.stop_at("head")
+        hidden = hidden if self._keep is None else hidden[:, self._keep]
+        starts = range(0, self._checkpoint.tensors[name].shape[0], _HEAD_ROWS)
+        read = self._checkpoint.read
+        logits = torch.cat([hidden @ read(name, start, start + _HEAD_ROWS).float().T for start in starts], -1)
+        return logits if bias is None else logits + bias
+
     def _patch(self) -> None:
-        """Makes the model stop at blocks and at the head, and load everything else when it is first needed."""
-        model = self.skeleton.model
-        head = self.skeleton.head
-        for path in self.skeleton.blocks:
+        """Makes the model stop at blocks, page embeddings and head, and load everything else when first needed."""
+        model, skeleton = self.skeleton.model, self.skeleton
+        for path in skeleton.blocks:
             module = model.get_submodule(path)
             self.originals[path] = module.forward
-            self._override(module, partial(self._enter_block, path))
+            module.forward = partial(self._enter_block, path)
+            self._undo.callback(module.__dict__.pop, "forward")
+        own: dict[str, set[str]] = {}
+        for output in (output for conversion in skeleton.conversions.values() for output in conversion.outputs):
+            if skeleton.block_of(output) is None:
+                own.setdefault(output.rpartition(".")[0], set()).add(output)
         for path, module in model.named_modules():
-            if self.skeleton.block_of(path) is not None or not any(True for _ in module.parameters(recurse=False)):
-                continue
-            if path == head and isinstance(module, nn.Linear):
-                self._override(module, partial(self._run_head, path, module))
-            elif isinstance(module, nn.Embedding):
-                self._override(module, partial(self._look_up, path, module, module.forward))
-            elif any(True for _ in module.children()):
-                self._make_resident(path, module)
-            else:
-                handle = module.register_forward_pre_hook(lambda m, _, path=path: self._make_resident(path, m))
-                self._undo.append(handle.remove)
+            matrix = f"{path}.weight"
+            if skeleton.block_of(path) is None and (isinstance(module, nn.Embedding) or path == skeleton.head):
+                name = skeleton.whole(matrix)
+                if name is not None:
+                    self._page(module, name)
+                    own.get(path, set()).discard(matrix)
+            names = own.get(path)
+            if names and any(True for _ in module.children()):
+                self._make_resident(path, names)
+            elif names:
+                hook = partial(self._make_resident, path, names)
+                self._undo.callback(module.register_forward_pre_hook(hook).remove)
 
-    def _override(self, module: nn.Module, forward: Callable[..., Any]) -> None:
-        module.forward = forward
-        self._undo.append(lambda: module.__dict__.pop("forward", None))
+    def _page(self, module: nn.Module, name: str) -> None:
+        """Puts a stand-in of the right shape, without memory, in place of a module's matrix."""
+        weight = module._parameters["weight"]
+        assert weight is not None
+        stand_in = nn.Parameter(torch.full((1,), torch.nan).expand(weight.shape), requires_grad=False)
+        module._parameters["weight"] = stand_in
+        self._undo.callback(module._parameters.__setitem__, "weight", weight)
+        self.paged[id(stand_in)] = name
 
     def _enter_block(self, path: str, *args: Any, **kwargs: Any) -> Any:
         batch = threading.current_thread()
         assert isinstance(batch, _Batch)
         batch.call = (args, kwargs)
-        with self._spill.parked((args, kwargs)):
+        # the probe's are small, and `Stage.probe` reads them while the batch waits
+        with self._spill.parked(() if self.has_probe and batch.index == 0 else (args, kwargs)):
             batch.stop_at(path)
         batch.call = ((), {})
         watch = self.observers.get(path)
         if watch is None:
-            return self.originals[path](*args, **kwargs)
-        watched, observer, finished = watch
-        with _Watcher(watched, observer(batch.index)):
             result = self.originals[path](*args, **kwargs)
-        finished(batch.index)
+        else:
+            watched, observer, finished = watch
+            with _Watcher(watched, observer(batch.index)):
+                result = self.originals[path](*args, **kwargs)
+            finished(batch.index)
+        self._require_finite(path, next(_tensors(result), None))
         return result
 
-    def _run_head(self, path: str, module: nn.Linear, hidden: Tensor) -> Tensor:
-        """Multiplies by the head a run of vocabulary rows at a time, for the kept positions only."""
-        batch = threading.current_thread()
-        assert isinstance(batch, _Batch)
-        batch.stop_at(path)
-        name = self._stored(f"{path}.weight")
-        hidden = hidden if self._keep is None else hidden[:, self._keep]
-        parts = []
-        for start in range(0, module.out_features, _HEAD_ROWS):
-            rows = self._checkpoint.read(name, start, start + _HEAD_ROWS).float()
-            parts.append(hidden @ rows.T)
-        logits = torch.cat(parts, -1)
-        return logits + self.read(self._stored(f"{path}.bias")) if module.bias is not None else logits
+    def _require_finite(self, path: str, hidden: Tensor | None) -> None:
+        if hidden is not None and not bool(hidden.isfinite().all()):
+            count = int((~hidden.isfinite()).sum())
+            raise InputError(
+                f"{self._checkpoint.path}: {path} gives {count} NaN or Inf among {hidden.numel()} values",
+                "no statistics or perplexity can be had; the weights of this or an earlier block are too large",
+            )
 
-    def _look_up(self, path: str, module: nn.Embedding, forward: Callable[..., Tensor], ids: Tensor) -> Tensor:
-        """Runs an embedding with only the rows that `ids` name in memory."""
-        rows, compact = torch.unique(ids, return_inverse=True)
-        name = self._stored(f"{path}.weight")
-        values = torch.cat([self._checkpoint.read(name, r, r + 1) for r in rows.tolist()]).float()
-        with self._lock:
-            whole, module.weight = module.weight, nn.Parameter(values, requires_grad=False)
-            padding, module.padding_idx = module.padding_idx, None
-            try:
-                return forward(compact)
-            finally:
-                module.weight, module.padding_idx = whole, padding
-
-    def _make_resident(self, path: str, module: nn.Module) -> None:
+    def _make_resident(self, path: str, names: set[str], *_: Any) -> None:
         with self._lock:
             if path in self._resident:
                 return
             self._resident.add(path)
-            own = {f"{path}.{name}".lstrip(".") for name, _ in module.named_parameters(recurse=False)}
-            for name, value in self.skeleton.fill(own.__contains__, self.read).items():
+            for name, value in self.skeleton.fill(names.__contains__, self.read).items():
+                before = _get(self.skeleton.model, name)
                 _set(self.skeleton.model, name, value)
-
-    def _stored(self, parameter: str) -> str:
-        """Returns the stored tensor that is `parameter`, following ties."""
-        parameter = parameter if parameter in self.skeleton.conversions else self.skeleton.tied[parameter]
-        return self.skeleton.conversions[parameter].names[0]
+                self._spill.never(value)
+                self._undo.callback(_set, self.skeleton.model, name, before)
 
 
 class _Spill:
     """Keeps the inputs of waiting batches on disk once they exceed a budget."""
 
-    def __init__(self, budget: int, folder: Path | None) -> None:
+    def __init__(self, budget: int, folder: Path | None, shared: Iterable[Tensor]) -> None:
         self._budget = budget
         self._folder = folder
         self._held = 0
         self._lock = threading.Lock()
+        self._shared = {tensor.untyped_storage().data_ptr() for tensor in shared}
 
-    def close(self) -> None:
-        """Ends use; files vanish with their last handle."""
-        self._held = 0
+    def never(self, tensor: Tensor) -> None:
+        """Says that a tensor belongs to the model and not to one batch."""
+        self._shared.add(tensor.untyped_storage().data_ptr())
 
     def parked(self, values: Any) -> _Parked:
         """Returns a context in which the large tensors in `values` may lie on disk instead of in memory."""
-        return _Parked(self, [t for t in _tensors(values) if t.numel() * t.element_size() >= _SPILL_MIN])
+        unique = {t.untyped_storage().data_ptr(): t for t in _tensors(values) if t.device.type == "cpu"}
+        large = [t for t in unique.values() if t.untyped_storage().nbytes() >= _SPILL_MIN]
+        return _Parked(self, [t for t in large if t.untyped_storage().data_ptr() not in self._shared])
 
     def claim(self, nbytes: int) -> bool:
         """Returns whether `nbytes` more may stay in memory, and counts them if so."""
@@ -423,7 +495,7 @@ class _Spill:
     def write(self, tensor: Tensor) -> Any:
         """Moves a tensor's storage to an unnamed file and returns the open file."""
         storage = tensor.untyped_storage()
-        file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 -- closed by `read`
+        file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 -- closed by `_Parked`
         file.write(_storage_bytes(tensor))
         storage.resize_(0)
         return file
@@ -434,7 +506,6 @@ class _Spill:
         storage.resize_(file.tell())
         file.seek(0)
         file.readinto(_storage_bytes(tensor))
-        file.close()
 
 
 def _storage_bytes(tensor: Tensor) -> memoryview:
@@ -443,12 +514,11 @@ def _storage_bytes(tensor: Tensor) -> memoryview:
 
 
 class _Parked:
-    """The context of one waiting batch."""
+    """The context of one waiting batch. Left by an exception, what lies on disk is dropped: nobody reads it again."""
 
     def __init__(self, spill: _Spill, tensors: list[Tensor]) -> None:
         self._spill = spill
-        unique = {t.untyped_storage().data_ptr(): t for t in tensors if t.device.type == "cpu"}
-        self._tensors = list(unique.values())
+        self._tensors = tensors
         self._claimed = 0
         self._files: list[tuple[Tensor, Any]] = []
 
@@ -460,38 +530,54 @@ class _Parked:
             else:
                 self._files.append((tensor, self._spill.write(tensor)))
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         self._spill.release(self._claimed)
         for tensor, file in self._files:
-            self._spill.read(tensor, file)
+            with file:
+                if kind is None:
+                    self._spill.read(tensor, file)
 
 
-def _set(model: nn.Module, name: str, value: Tensor) -> None:
+def _get(model: nn.Module, name: str) -> Tensor | None:
+    """Returns a parameter or buffer."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    return module._parameters[leaf] if leaf in module._parameters else module._buffers[leaf]
+
+
+def _set(model: nn.Module, name: str, value: Tensor | None) -> None:
     """Puts a tensor in place of a parameter or buffer."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
-    if leaf in module._parameters:
-        module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
-    else:
+    if leaf not in module._parameters:
         module._buffers[leaf] = value
+    elif isinstance(value, nn.Parameter) or value is None:
+        module._parameters[leaf] = value
+    else:
+        module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    """Yields what nested containers hold."""
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    if isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _flat(item)
+    else:
+        yield value
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
     """Yields the floating tensors in nested containers."""
-    if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
+    return (item for item in _flat(value) if isinstance(item, Tensor) and item.is_floating_point())
 
 
 def _fresh(value: Any) -> Any:
-    """Returns `value` with its containers copied, so that a trial run cannot change what the real run will see."""
-    if isinstance(value, dict):
+    """Returns `value` with containers and tensors copied, so that a trial run cannot change what a real run sees."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, MutableMapping):
         copy = type(value)()
         copy.update({key: _fresh(item) for key, item in value.items()})
         return copy

@@ -9,7 +9,7 @@ ties, so the result is never worse than rounding to nearest on this measure.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ from quantize.methods.base import ROWS, Block, Result, encode
 from quantize.parallel import Pool, spans
 from quantize.schemes import AffineInt, QuantizedTensor, Scheme
 from quantize.statistics import Statistics
-from quantize.structure import Fold, Input, fold_all
+from quantize.structure import Fold, Input, fold_all, grouped
 
 _GRID = 20
 # Rows that judge a candidate scale, evenly spread over the consumers: the scale is shared by all rows, and more rows
@@ -45,12 +45,12 @@ class AWQ:
         """Returns the block scaled, clipped and rounded."""
         scales: dict[str, Tensor] = {}
         notes: list[str] = []
-        for item in block.inputs:
-            found = _search(item, block, pool)
+        for group in grouped(block.inputs):
+            found = _search(group, block, pool)
             if found.note:
                 notes.append(f"{block.name}: {found.note}")
             if found.scale is not None:
-                scales[item.name] = found.scale
+                scales |= {item.name: found.scale for item in group}
         while True:
             coded, changed, worse = _round(block, scales, pool)
             if not worse:
@@ -74,29 +74,31 @@ class _Found:
     note: str = ""
 
 
-def _search(item: Input, block: Block, pool: Pool) -> _Found:
-    """Returns the best scale of one input."""
-    statistics = block.statistics.get(item.name)
-    consumers = [name for name in item.consumers if name in block.schemes]
-    if item.fold is None or statistics is None or not consumers:
+def _search(group: Sequence[Input], block: Block, pool: Pool) -> _Found:
+    """Returns the best scale of the inputs that share a fold; each counts by its tokens."""
+    item, fold = group[0], group[0].fold
+    seen = [(other, block.statistics[other.name]) for other in group if other.name in block.statistics]
+    consumers = [(name, stats) for other, stats in seen for name in other.consumers if name in block.schemes]
+    if fold is None or not consumers:
         return _Found(None)
-    channels = item.fold.row_of(item.width)
-    judges = [_judges(block.weights[name], len(consumers)) for name in consumers]
-    schemes = [block.schemes[name] for name in consumers]
+    statistics = max((stats for _, stats in seen), key=lambda stats: stats.count)
+    channels = fold.row_of(item.width)
+    judges = [_judges(block.weights[name], len(consumers)) for name, _ in consumers]
+    schemes = [block.schemes[name] for name, _ in consumers]
 
     def loss(rows: Tensor | None) -> float:
         total = 0.0
-        for weight, scheme in zip(judges, schemes, strict=True):
+        for (_, stats), weight, scheme in zip(consumers, judges, schemes, strict=True):
             assert isinstance(scheme, AffineInt)
             columns = torch.ones(item.width) if rows is None else rows[channels]
             scaled = weight * columns
             low, high = affine.extremes(scaled, scheme.group(item.width))
             error = affine.round_trip(scaled, low, high, scheme.bits, scheme.symmetric) / columns - weight
-            total += float(_quadratic(error, statistics.hessian).double().sum())
+            total += stats.count / statistics.count * float(_quadratic(error, stats.hessian).double().sum())
         return total
 
     candidates = [None, *_candidates(item, statistics, judges, schemes[0])]
-    candidates = [c if c is None else _storable(item.fold, c, block) for c in candidates]
+    candidates = [c if c is None else _storable(fold, c, block) for c in candidates]
     losses = list(pool.map(loss, candidates))
     finite = [(value, index) for index, value in enumerate(losses) if value == value and value != float("inf")]
     if not finite:
@@ -155,22 +157,24 @@ def _round(
     changed = fold_all(block.inputs, block.weights, scales)
     coded: dict[str, QuantizedTensor] = {}
     worse: list[str] = []
-    for item in block.inputs:
-        statistics = block.statistics.get(item.name)
-        if statistics is None:
-            continue
-        columns = _columns(item, scales)
-        hessian = statistics.hessian / torch.outer(columns, columns)
+    for group in grouped(block.inputs):
         before = after = 0.0
-        for name in (n for n in item.consumers if n in block.schemes):
-            weight = changed.get(name, block.weights[name])
-            coded[name], row_loss = _clip(weight, hessian, block.schemes[name], pool)
-            rows = _row_factors(name, block, scales)
-            after += float((row_loss * rows.square()).double().sum())
-            if item.name in scales:
-                before += _nearest_loss(block.weights[name], statistics.hessian, block.schemes[name], pool)
-        if item.name in scales and not after <= before:
-            worse.append(item.name)
+        for item in group:
+            statistics = block.statistics.get(item.name)
+            if statistics is None:
+                continue
+            columns = _columns(item, scales)
+            hessian = statistics.hessian / torch.outer(columns, columns)
+            for name in (n for n in item.consumers if n in block.schemes):
+                weight = changed.get(name, block.weights[name])
+                coded[name], row_loss = _clip(weight, hessian, block.schemes[name], pool)
+                rows = _row_factors(name, block, scales)
+                after += statistics.count * float((row_loss * rows.square()).double().sum())
+                if item.name in scales:
+                    loss = _nearest_loss(block.weights[name], statistics.hessian, block.schemes[name], pool)
+                    before += statistics.count * loss
+        if group[0].name in scales and not after <= before:
+            worse += [item.name for item in group]
     return coded, changed, worse
 
 
@@ -184,7 +188,7 @@ def _columns(item: Input, scales: Mapping[str, Tensor]) -> Tensor:
 def _row_factors(name: str, block: Block, scales: Mapping[str, Tensor]) -> Tensor:
     """Returns by what each row of a tensor was divided when it took another input's scale back."""
     factors = torch.ones(len(block.weights[name]))
-    for item in block.inputs:
+    for item, *_ in grouped(block.inputs):
         if item.fold is not None and item.fold.producer == name and item.name in scales:
             scale = scales[item.name]
             factors[item.fold.start : item.fold.start + len(scale)] *= scale
