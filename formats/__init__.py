@@ -11,13 +11,13 @@ from quantize.formats.base import Checkpoint, Format, Piece, TensorInfo
 from quantize.formats.gguf import GGUFFormat
 from quantize.formats.hf import HFFormat
 
-__all__ = ["FORMATS", "Checkpoint", "Format", "Piece", "TensorInfo", "find", "named"]
+__all__ = ["FORMATS", "Checkpoint", "Format", "Piece", "TensorInfo", "find", "named", "table"]
 
 # Asked in this order whether a path is theirs: the plain folder comes last.
 FORMATS: dict[str, Format] = {f.name: f for f in (GGUFFormat(), AWQFormat(), HFFormat())}
 
 
-def _table() -> dict[str, Format]:
+def table() -> dict[str, Format]:
     """Our formats and those that other packages announce under the entry point `quantize.formats`."""
     others = (entry.load()() for entry in entry_points(group="quantize.formats"))
     return {f.name: f for f in others} | FORMATS
@@ -29,10 +29,10 @@ def named(name: str) -> Format:
     Raises:
         UsageError: there is none; the message lists the choices.
     """
-    table = _table()
-    if name not in table:
-        raise unknown_name("format", name, table)
-    return table[name]
+    known = table()
+    if name not in known:
+        raise unknown_name("format", name, known)
+    return known[name]
 
 
 def find(path: Path) -> Format:
@@ -41,7 +41,7 @@ def find(path: Path) -> Format:
     Raises:
         InputError: none recognises it.
     """
-    for candidate in _table().values():
+    for candidate in table().values():
         if candidate.sniff(path):
             return candidate
     raise InputError(f"{path}: no model that can be read", "name a folder with config.json and safetensors, or a .gguf")

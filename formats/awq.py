@@ -87,6 +87,11 @@ class AWQCheckpoint(FolderCheckpoint):
         coded = self.read_coded(name)
         return super().read(name, start, stop) if coded is None else coded.dequantize()[start:stop]
 
+    def file(self, name: str) -> Path:
+        """Returns the shard that holds the tensor, or its codes."""
+        module = self._coded.get(name)
+        return self.extents[name if module is None else f"{module}.qweight"].file
+
     def read_coded(self, name: str) -> QuantizedTensor | None:
         """Returns the codes of a quantized tensor, or None for a plain one."""
         module = self._coded.get(name)

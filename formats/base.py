@@ -68,6 +68,9 @@ class Checkpoint(Protocol):
             InputError: the file is truncated or unreadable.
         """
 
+    def file(self, name: str) -> Path:
+        """Returns the file that holds a tensor (the first of its parts), for messages."""
+
     def read_coded(self, name: str) -> QuantizedTensor | None:
         """Returns the tensor on its own grid, or None when it is plain."""
 

@@ -155,6 +155,10 @@ class FolderCheckpoint:
         """Returns rows `start` to `stop` of a plain tensor in its own dtype."""
         return read_rows(self.extents[name], start, stop)
 
+    def file(self, name: str) -> Path:
+        """Returns the shard of a plain tensor."""
+        return self.extents[name].file
+
     def read_coded(self, name: str) -> QuantizedTensor | None:
         """Returns None: nothing here is quantized."""
         return None

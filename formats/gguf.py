@@ -692,6 +692,10 @@ class GGUFCheckpoint:
         shape = (rows.shape[0], *stored.shape[1:])
         return QuantizedTensor(stored.scheme, shape, {"blocks": rows}).dequantize()
 
+    def file(self, name: str) -> Path:
+        """Returns the part that holds a tensor."""
+        return self._stored[name].extent.file
+
     def read_coded(self, name: str) -> QuantizedTensor | None:
         """Returns the blocks of a quantized tensor, or None for a plain one."""
         stored = self._stored[name]

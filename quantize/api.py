@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from quantize import checkpoint as _checkpoint
+from quantize import formats, methods, presets
 from quantize.errors import unknown_name
 from quantize.evaluation import DEFAULT_TEXT, Evaluation, evaluate_checkpoints, protocol
 from quantize.formats.base import Checkpoint
 from quantize.pipeline import Job, Settings
 from quantize.planning import Plan
 from quantize.progress import Progress, silent
+from quantize.recipe import KEEP
 from quantize.report import Report
+from quantize.schemes import FAMILIES
+
+
+def _unannounced(plan: Plan) -> None:
+    """Lets a plan pass."""
 
 
 def open(model: str | Path | None = None, adapters: tuple[str, ...] = ()) -> Checkpoint:
@@ -36,39 +44,59 @@ def plan(model: str | Path | None = None, **options: Any) -> Plan:
         model: As for `run`.
         options: As for `run`.
 
+    Returns:
+        The plan; its `refusal` says if the run would not start because of what lies on the disk.
+
     Raises:
-        QuantizeError: whatever `run` would refuse before the first weight.
+        QuantizeError: there is no plan that could be carried out.
     """
     return Job(model, _settings(options)).plan
 
 
-def run(model: str | Path | None = None, *, progress: Progress = silent, **options: Any) -> Report:
+def run(
+    model: str | Path | None = None,
+    *,
+    progress: Progress = silent,
+    announce: Callable[[Plan], None] = _unannounced,
+    **options: Any,
+) -> Report:
     """Quantizes a model and returns the report; the output stands complete under its final name.
 
     Args:
         model: A folder, a .gguf file or a hub id; None for the current folder.
         progress: Called with what is being done, how many parts are done, and of how many.
+        announce: Called with the plan before the work begins.
         options: The fields of `quantize.pipeline.Settings`: `method`, `bits`, `group_size`, `out`, `calib`, ...
 
     Raises:
         QuantizeError: a subclass that tells the kind; see `quantize.errors`.
     """
-    return Job(model, _settings(options), progress).run()
+    job = Job(model, _settings(options), progress)
+    announce(job.plan)
+    return job.run()
 
 
-def convert(model: str | Path, *, format: str = "hf", progress: Progress = silent, **options: Any) -> Report:
+def convert(
+    model: str | Path,
+    *,
+    format: str = "hf",
+    progress: Progress = silent,
+    announce: Callable[[Plan], None] = _unannounced,
+    **options: Any,
+) -> Report:
     """Writes a model in another format without rounding to a coarser grid; quantized sources are dequantized.
 
     Args:
         model: As for `run`.
         format: Name of the target format.
         progress: As for `run`.
+        announce: As for `run`.
         options: As for `run`; `dtype` says what plain tensors become (a quantized source becomes bf16).
 
     Raises:
         QuantizeError: as for `run`.
     """
-    return Job(model, _settings({"format": format, **options}), progress).run()
+    return run(model, progress=progress, announce=announce, format=format, **options)
 
 
 def evaluate(
@@ -113,6 +141,34 @@ def evaluate(
         assume_tied=assume_tied,
         progress=progress,
     )
+
+
+def inspect(model: str | Path | None = None, adapters: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Returns what a checkpoint holds as plain values: schemes, sizes, metadata and every tensor, from headers alone.
+
+    Args:
+        model: As for `open`.
+        adapters: As for `open`.
+
+    Raises:
+        InputError: as for `open`.
+    """
+    return _checkpoint.describe(open(model, adapters))
+
+
+def catalog() -> dict[str, Any]:
+    """Returns the methods, formats and schemes and which go together, computed by asking them."""
+    kept = {"spelling": KEEP, "meaning": "as it is stored; in rules only"}
+    return {
+        "methods": [
+            {"name": m.name, "summary": m.summary, "calibrates": m.calibrates} for m in methods.table().values()
+        ],
+        "formats": [
+            {"name": f.name, "summary": f.summary, "schemes": presets.written(f)} for f in formats.table().values()
+        ],
+        "schemes": [*({"spelling": ", ".join(f.examples), "meaning": f.meaning} for f in FAMILIES), kept],
+        "combinations": presets.matrix(),
+    }
 
 
 def _settings(options: dict[str, Any]) -> Settings:

@@ -128,7 +128,8 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "bytes": nbytes,
         "bits_per_weight": round(nbytes * 8 / max(1, weights), 4),
         "schemes": schemes,
-        "side_files": sorted(checkpoint.side_files),
+        # those of a GGUF file are built from its header, the tokenizer included, which takes long and may fail
+        "side_files": [] if checkpoint.format == "gguf" else sorted(checkpoint.side_files),
         "dropped": dict(checkpoint.dropped),
         "each": [
             {"name": i.name, "shape": list(i.shape), "scheme": str(i.scheme), "bytes": i.nbytes}

@@ -13,8 +13,13 @@ QuantizeError                1   unexpected
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 from difflib import get_close_matches
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What torch's allocator says in its RuntimeError.
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 
 class QuantizeError(Exception):
@@ -71,6 +76,23 @@ class VerificationError(QuantizeError):
     """The written output does not read back as planned."""
 
     exit_code = 7
+
+
+def resource_error(error: BaseException) -> ResourceError | None:
+    """Returns the error of ours for an exception by which the system or torch says that memory or disk ran out.
+
+    None for every other exception.
+    """
+    if isinstance(error, OSError) and error.errno in _FULL:
+        where = f"{error.filename}: " if error.filename else ""
+        return ResourceError(f"{where}{error.strerror}", "free some space, then repeat the command")
+    said = str(error)
+    starved = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+    if starved or (isinstance(error, RuntimeError) and any(words in said for words in _NO_MEMORY)):
+        return ResourceError(
+            "out of memory", "try fewer --threads, a smaller --activation-budget or fewer --calib-samples"
+        )
+    return None
 
 
 def unknown_name(kind: str, name: str, choices: Iterable[str]) -> UsageError:

@@ -253,6 +253,15 @@ def evaluate_checkpoints(
     return Evaluation(names[0], names[1], record, sums, merged.get("kld", np.zeros((0, 0))).reshape(-1))
 
 
+def require_windows(checkpoint: Checkpoint, text: str, chunks: int | None) -> None:
+    """Checks that a text can be evaluated on with the default definition.
+
+    Raises:
+        InputError: the text or the tokenizer cannot be used, or it makes no window.
+    """
+    _windows(checkpoint, text, protocol(), chunks)
+
+
 def _score(logits: Tensor, base: Tensor | None, targets: Tensor) -> dict[str, Tensor]:
     """Returns per-token figures `[rows, positions]`, float64, of one batch of logits `[rows, positions, vocab]`."""
     target = targets.unsqueeze(-1)

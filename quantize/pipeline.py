@@ -16,12 +16,12 @@ from torch import Tensor
 from quantize import formats, methods
 from quantize.calib_data import CalibrationText, token_rows
 from quantize.checkpoint import fingerprint, is_quantized, open_checkpoint
-from quantize.errors import InputError, ResourceError, UsageError
-from quantize.evaluation import DEFAULT_TEXT, evaluate_checkpoints
+from quantize.errors import InputError, QuantizeError, ResourceError, UsageError, resource_error
+from quantize.evaluation import DEFAULT_TEXT, evaluate_checkpoints, require_windows
 from quantize.formats.folder import tie_flag
 from quantize.methods.base import Block, Method, Result
 from quantize.parallel import Pool, default_threads, one_torch_thread
-from quantize.planning import Entry, Request, make_plan, require_space
+from quantize.planning import Entry, Plan, Request, make_plan, require_space
 from quantize.presets import Choice, choose
 from quantize.progress import Progress, silent
 from quantize.recipe import parse_rule, read_recipe
@@ -128,9 +128,10 @@ class Job:
         self.target = formats.named(self.choice.format if self.choice else self.settings.format or "hf")
         self._refuse_second_rounding()
         self.skeleton = Skeleton(self.checkpoint, settings.assume_tied)
-        self.out = Path(settings.out) if settings.out is not None else Path(self._default_name())
+        self.out = _output(settings.out if settings.out is not None else self._default_name())
         self.threads = settings.threads or default_threads()
-        self.plan = make_plan(self.checkpoint, self.skeleton, self._request(), self.out)
+        plan = make_plan(self.checkpoint, self.skeleton, self._request(), self.out)
+        self.plan = replace(plan, refusal=self._refusal(plan))
 
     def run(self) -> Report:
         """Does it.
@@ -142,14 +143,15 @@ class Job:
             QuantizeError: with the kinds and exit codes of `quantize.errors`. What was done is kept for the next
                 run after `ResourceError` and interrupts, and removed after the others.
         """
-        check_target(self.out, [self.checkpoint.path], self.settings.overwrite)
+        if self.plan.refusal is not None:
+            raise self.plan.refusal
+        self._require_evaluation_text()
         text = self._calibration_text()
         statistics = StatisticsFile(self.settings.statistics) if self.settings.statistics else None
         identity = self._identity(text)
         if statistics is not None and self._calibrates:
             statistics.require(identity["model"], text.sha256 if text else "")
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        require_space(self.plan, OutputFolder.reserved_bytes(self.out))
         output = OutputFolder(self.out, self.plan.files, digest, self.settings.restart)
         try:
             with one_torch_thread():
@@ -158,9 +160,13 @@ class Job:
         except (KeyboardInterrupt, ResourceError):
             output.close()
             raise
-        except BaseException:
-            output.discard()
-            raise
+        except BaseException as error:
+            starved = resource_error(error)
+            if starved is None:
+                output.discard()
+                raise
+            output.close()
+            raise starved from error
         return report
 
     @property
@@ -299,15 +305,17 @@ class Job:
         self._scan({name: value})
         return value
 
-    def _scan(self, weights: Mapping[str, Tensor]) -> None:
-        """Refuses NaN and Inf in the source, naming tensor, place and number."""
+    def _scan(self, weights: Mapping[str, Tensor], start: int = 0) -> None:
+        """Refuses NaN and Inf in the source, naming file, tensor, place and number; the first row is `start`."""
         if self.settings.allow_nan:
             return
         for name, value in weights.items():
             if value.is_floating_point() and not bool(value.isfinite().all()):
                 bad = (~value.isfinite()).nonzero()
+                first = bad[0].tolist()
+                place = [first[0] + start, *first[1:]] if first else "its only value"
                 raise InputError(
-                    f"{self.checkpoint.path}: tensor '{name}' holds {len(bad)} NaN or Inf, first at {bad[0].tolist()}",
+                    f"{self.checkpoint.file(name)}: tensor '{name}' holds {len(bad)} NaN or Inf, first at {place}",
                     "download it again; --allow-nan lets it through",
                 )
 
@@ -340,7 +348,7 @@ class Job:
         rows = max(1, _COPY // max(1, 4 * entry.count // entry.shape[0]))
         for start in range(0, entry.shape[0], rows):
             part = self.checkpoint.read(entry.name, start, start + rows)
-            self._scan({entry.name: part})
+            self._scan({entry.name: part}, start)
             yield self._cast(entry, part)
 
     def _cast(self, entry: Entry, value: Tensor) -> Tensor:
@@ -440,6 +448,25 @@ class Job:
             threads=self.threads,
             activation_budget=self.settings.activation_budget,
         )
+
+    def _refusal(self, plan: Plan) -> QuantizeError | None:
+        """Returns why what lies on the disk forbids the run, or None."""
+        settings = self.settings
+        adapters = (text if Path(text).exists() else text.rpartition(":")[0] for text in settings.adapters)
+        files = (settings.recipe, settings.statistics, settings.eval, *settings.calib, *adapters)
+        sources = [self.checkpoint.path, *(path for file in files if file and (path := Path(file)).exists())]
+        try:
+            check_target(self.out, sources, settings.overwrite)
+            require_space(plan, OutputFolder.reserved_bytes(self.out))
+        except QuantizeError as error:
+            return error
+        return None
+
+    def _require_evaluation_text(self) -> None:
+        """Refuses a text that the loss cannot be measured on, before the work and not after it."""
+        source = self._eval_source()
+        if source is not None:
+            require_windows(self.checkpoint, source, EVAL_CHUNKS)
 
     def _refuse_second_rounding(self) -> None:
         if self.choice is not None and is_quantized(self.checkpoint) and not self.settings.requantize:
@@ -544,6 +571,12 @@ def _choice(settings: Settings) -> Choice | None:
     return choose(
         settings.method, settings.bits, settings.group_size, settings.symmetric, settings.format, settings.type
     )
+
+
+def _output(path: str | Path) -> Path:
+    """Returns the output's path with a name of its own: `.` and `..` have none."""
+    path = Path(path).expanduser()
+    return path if path.name not in ("", "..") else path.resolve()
 
 
 def _dtype(name: str | None) -> torch.dtype | None:

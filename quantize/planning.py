@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from quantize.errors import InputError, ResourceError, UsageError
+from quantize.errors import InputError, QuantizeError, ResourceError, UsageError
 from quantize.formats.base import Checkpoint, Format, Piece, TensorInfo
 from quantize.methods.base import Method
 from quantize.recipe import Rule, first_match
@@ -69,6 +69,10 @@ class Plan:
         notices: What the user should know, one line each.
         peak_bytes: Estimated peak of anonymous memory.
         free_bytes: Free disk space at the output.
+        source: Where the source lies.
+        out: The output.
+        source_bytes: Bytes of all source arrays.
+        refusal: What a run would be refused with although the plan stands: an output that exists, a full disk.
     """
 
     format: Format
@@ -79,6 +83,10 @@ class Plan:
     notices: tuple[str, ...]
     peak_bytes: int
     free_bytes: int
+    source: Path
+    out: Path
+    source_bytes: int
+    refusal: QuantizeError | None = None
 
     @property
     def quantized(self) -> tuple[Entry, ...]:
@@ -150,7 +158,19 @@ def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, request: Request, out:
     notices += _engine_notices(entries, request.format)
     files = _files(entries, request.format)
     free = shutil.disk_usage(_existing(out)).free
-    plan = Plan(request.format, request.method, entries, dict(checkpoint.dropped), files, tuple(notices), 0, free)
+    plan = Plan(
+        format=request.format,
+        method=request.method,
+        entries=entries,
+        dropped=dict(checkpoint.dropped),
+        files=files,
+        notices=tuple(notices),
+        peak_bytes=0,
+        free_bytes=free,
+        source=checkpoint.path,
+        out=out,
+        source_bytes=sum(info.nbytes for info in checkpoint.tensors.values()),
+    )
     return replace(plan, peak_bytes=_peak(plan, skeleton, request))
 
 
@@ -355,15 +375,20 @@ def _peak(plan: Plan, skeleton: Skeleton, request: Request) -> int:
 
 def describe(plan: Plan) -> dict[str, Any]:
     """Returns the plan as plain values, for JSON and tables."""
+    refusal = plan.refusal
     return {
+        "source": str(plan.source),
+        "out": str(plan.out),
         "format": plan.format.name,
         "method": plan.method.name if plan.method else None,
+        "source_bytes": plan.source_bytes,
         "output_bytes": plan.output_bytes,
         "bits_per_weight": round(plan.bits_per_weight, 4),
         "linear_bits_per_weight": round(plan.linear_bits_per_weight, 4),
         "peak_bytes": plan.peak_bytes,
         "free_bytes": plan.free_bytes,
         "notices": list(plan.notices),
+        "refusal": {"message": refusal.message, "exit_code": refusal.exit_code} if refusal else None,
         "dropped": dict(plan.dropped),
         "tensors": [
             {

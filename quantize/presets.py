@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from quantize.errors import InputError, UsageError, unknown_name
-from quantize.formats import FORMATS
+from quantize.formats import Format
+from quantize.formats import table as format_table
 from quantize.methods import table as method_table
-from quantize.schemes import AffineInt, Scheme
+from quantize.schemes import AffineInt, Plain, Scheme, parse_scheme
 
 # Methods and formats of the plan that do not stand yet: named so that the answer is not "unknown".
 _TO_COME = ("gptq", "awq+gptq", "exl2", "fp8")
+_FORMATS_TO_COME = ("gptq", "exl2", "mlx", "compressed-tensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,30 +39,32 @@ def choose(
     """Returns what a command means.
 
     Raises:
-        UsageError: neither method nor type was given, or the method is unknown.
+        UsageError: neither method nor type was given, or a name is unknown.
         InputError: the combination is planned but no format holds it yet.
     """
+    known, methods = format_table(), method_table()
+    if target is not None and target not in (*known, *_FORMATS_TO_COME):
+        raise unknown_name("format", target, [*known, *_FORMATS_TO_COME])
     if method is None and type_ is None:
+        if target is not None:
+            raise UsageError(f"format {target} holds quantized tensors: say how", "try --method awq --bits 4")
         raise UsageError("neither --method nor --type was given", "try --method awq --bits 4, or --type Q4_K_M")
     if type_ is not None:
-        raise InputError(f"--type {type_}: GGUF cannot be written yet", "formats that can: awq, hf")
-    if method in _TO_COME:
-        raise InputError(f"--method {method} does not stand yet", "methods that do: " + ", ".join(method_table()))
-    if method not in method_table():
-        raise unknown_name("method", str(method), [*method_table(), *_TO_COME])
-    scheme = AffineInt(bits or 4, group_size or 128, symmetric)
-    holders = [name for name, f in FORMATS.items() if f.reject(scheme) is None]
-    if target is None:
-        target = holders[0] if holders else None
-    if target not in FORMATS:
-        if target is None:
-            raise InputError(f"no format here holds {scheme} yet", "formats that hold 4-bit groups: awq with --bits 4")
-        raise unknown_name("format", target, FORMATS)
-    if reason := FORMATS[target].reject(scheme):
-        raise InputError(
-            f"format {target} cannot hold {scheme}: {reason}", f"formats that accept it: {holders or 'none yet'}"
-        )
-    return Choice(method, scheme, target, suffix(method, scheme, target))
+        raise InputError(f"--type {type_}: GGUF cannot be written yet", f"formats that can: {_writable(known)}")
+    if method not in methods:
+        if method in _TO_COME:
+            raise InputError(f"--method {method} does not stand yet", f"methods that do: {', '.join(methods)}")
+        raise unknown_name("method", str(method), [*methods, *_TO_COME])
+    scheme = AffineInt(4 if bits is None else bits, 128 if group_size is None else group_size, symmetric)
+    holders = [name for name, f in known.items() if f.reject(scheme) is None]
+    if target is None and not holders:
+        raise InputError(f"no format here holds {scheme} yet", "'quantize list' shows what goes together")
+    target = target or holders[0]
+    reason = known[target].reject(scheme) if target in known else "it does not stand yet"
+    if reason is not None:
+        accept = ", ".join(holders) or "none yet"
+        raise InputError(f"format {target} cannot hold {scheme}: {reason}", f"formats that accept it: {accept}")
+    return Choice(str(method), scheme, target, suffix(str(method), scheme, target))
 
 
 # The names that people know, by method and format.
@@ -76,12 +80,27 @@ def suffix(method: str, scheme: Scheme, target: str) -> str:
     return build(scheme) if build else f"-{method.upper()}-Int{scheme.bits}"
 
 
+def written(target: Format) -> list[str]:
+    """Returns the schemes that a format accepts, of each family some members, computed by asking it."""
+    plain = [scheme for name in ("f32", "f16", "bf16") if isinstance(scheme := parse_scheme(name), Plain)]
+    readable_only = target.reject(plain[0]) is not None
+    return [] if readable_only else [str(s) for s in (*_grids(), *plain) if target.reject(s) is None]
+
+
+def _grids() -> list[Scheme]:
+    return [AffineInt(bits, 128, symmetric) for bits in range(2, 9) for symmetric in (False, True)]
+
+
+def _writable(known: Mapping[str, Format]) -> str:
+    return ", ".join(name for name, target in known.items() if written(target))
+
+
 def matrix() -> list[dict[str, object]]:
     """Returns one row for each method and format: the schemes that go through both, computed by asking them."""
-    grids: list[Scheme] = [AffineInt(bits, 128, symmetric) for bits in range(2, 9) for symmetric in (False, True)]
+    grids = _grids()
     rows: list[dict[str, object]] = []
     for method in method_table().values():
-        for target in FORMATS.values():
+        for target in format_table().values():
             both = [str(g) for g in grids if method.reject(g) is None and target.reject(g) is None]
             if both:
                 rows.append({"method": method.name, "format": target.name, "schemes": both})

@@ -18,6 +18,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from quantize.errors import InputError, UsageError
 from quantize.schemes import Scheme, parse_scheme
 
+# The spelling that leaves a tensor as it is stored.
+KEEP = "keep"
+
 
 @dataclass(frozen=True, slots=True)
 class Rule:
@@ -95,5 +98,5 @@ def _rule(pattern: str, scheme: str, origin: str) -> Rule:
             re.compile(pattern[3:])
         except re.error as error:
             raise UsageError(f"{origin}: '{pattern}' is no regular expression: {error}") from None
-    kept = scheme.strip().lower() == "keep"
+    kept = scheme.strip().lower() == KEEP
     return Rule(pattern.strip(), None if kept else parse_scheme(scheme), origin)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,9 +42,10 @@ class Report:
     errors: Mapping[str, float] = field(default_factory=dict)
     quality: Mapping[str, Any] | None = None
 
-    def to_json(self) -> str:
-        """Returns the report as JSON text; it holds no times and no local paths, so equal runs give equal files."""
-        value = {
+    def to_dict(self) -> dict[str, Any]:
+        """Returns everything as plain values, the output's path included."""
+        return {
+            "out": str(self.out),
             "source": self.source,
             "base": self.base,
             "method": self.method,
@@ -54,7 +56,25 @@ class Report:
             "errors": dict(self.errors),
             "quality": self.quality,
         }
-        return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+    def to_json(self) -> str:
+        """Returns the report as JSON text; it holds no times and no local paths, so equal runs give equal files."""
+        value = self.to_dict()
+        del value["out"]
+        return json_text(value)
+
+
+def json_text(value: Any) -> str:
+    """Returns plain values as JSON text with a line end; numbers that are not finite, which JSON lacks, become null."""
+    return json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def figures(plan: Plan, source_bytes: int) -> dict[str, Any]:
@@ -128,6 +148,8 @@ def _quality(report: Report) -> list[str]:
 
 def interval(value: Mapping[str, float]) -> str:
     """Returns a mean with its 95 % interval as text."""
+    if not math.isfinite(value["low"]):
+        return f"{value['mean']:.5f} (one chunk gives no interval)"
     return f"{value['mean']:.5f} [{value['low']:.5f}, {value['high']:.5f}]"
 
 

@@ -135,6 +135,10 @@ class MergedCheckpoint:
         scheme = self.tensors[name].scheme
         return value.to(scheme.dtype) if isinstance(scheme, Plain) else value
 
+    def file(self, name: str) -> Path:
+        """Returns the base's file."""
+        return self._base.file(name)
+
     def read_coded(self, name: str) -> QuantizedTensor | None:
         """Returns the tensor on its own grid where no adapter changes it."""
         return self._base.read_coded(name) if self.tensors[name] is self._base.tensors[name] else None

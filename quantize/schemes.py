@@ -282,12 +282,44 @@ def _affine(match: re.Match[str]) -> Scheme:
     return AffineInt(int(match["bits"]), group, match["sym"] is not None)
 
 
-# One row per family of grids: its spelling and how to build it from the match.
-_SPELLINGS: list[tuple[str, Callable[[re.Match[str]], Scheme]]] = [
-    (r"int(?P<bits>\d+)-(?P<group>g\d+|row)(?P<sym>-sym)?", _affine),
-    ("|".join(DTYPES), lambda match: Plain(DTYPES[match[0]])),
-    (r"i?q\d_\w+|tq\d_0|(mx|nv)fp4", lambda match: GGMLBlock(match[0])),
-]
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A family of grids as recipes spell it.
+
+    Attributes:
+        pattern: Regular expression of the spelling.
+        build: Makes the scheme of a match.
+        examples: Some members.
+        meaning: What they are, in one line.
+    """
+
+    pattern: str
+    build: Callable[[re.Match[str]], Scheme]
+    examples: tuple[str, ...]
+    meaning: str
+
+
+# A new family of grids takes a row here.
+FAMILIES = (
+    Family(
+        r"int(?P<bits>\d+)-(?P<group>g\d+|row)(?P<sym>-sym)?",
+        _affine,
+        ("int4-g128", "int3-g64-sym", "int8-row"),
+        "integers of 2 to 8 bits, one scale per group of inputs or row; -sym without zero points",
+    ),
+    Family(
+        "|".join(DTYPES),
+        lambda match: Plain(DTYPES[match[0]]),
+        ("bf16", "f16", "f32"),
+        "plain numbers of that type",
+    ),
+    Family(
+        r"i?q\d_\w+|tq\d_0|(mx|nv)fp4",
+        lambda match: GGMLBlock(match[0]),
+        ("q4_k", "q8_0", "iq2_xs"),
+        "llama.cpp's blocks; read only so far",
+    ),
+)
 
 
 def parse_scheme(text: str) -> Scheme:
@@ -296,7 +328,7 @@ def parse_scheme(text: str) -> Scheme:
     Raises:
         UsageError: `text` is no scheme.
     """
-    for pattern, build in _SPELLINGS:
-        if match := re.fullmatch(pattern, text.strip().lower()):
-            return build(match)
+    for family in FAMILIES:
+        if match := re.fullmatch(family.pattern, text.strip().lower()):
+            return family.build(match)
     raise UsageError(f"'{text}' is no scheme", "write int4-g128, int4-g64-sym, int8-row, bf16, f16, f32 or keep")

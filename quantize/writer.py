@@ -6,7 +6,6 @@ one line for each array that is safely on disk, with its checksum. A run with th
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -14,17 +13,16 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from torch import Tensor
 
-from quantize.errors import InputError, ResourceError, UsageError, VerificationError
+from quantize.errors import InputError, ResourceError, UsageError, VerificationError, resource_error
 from quantize.formats.base import Piece
 from quantize.formats.container import layout, tensor_bytes, write_all
 
 JOURNAL = "journal.jsonl"
 _READ = 16 * 2**20
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def partial_path(out: Path) -> Path:
@@ -33,19 +31,23 @@ def partial_path(out: Path) -> Path:
 
 
 def check_target(out: Path, sources: Iterable[Path], overwrite: bool) -> None:
-    """Refuses an output path that exists, or that is or holds an input.
+    """Refuses an output path that exists, that is or holds an input, or that holds what no model folder holds.
 
     Raises:
         UsageError: naming the path and the way out.
     """
     for source in sources:
-        same = out.exists() and source.exists() and out.samefile(source)
-        if same or out.absolute() == source.absolute():
+        same = out.exists() and source.exists() and out.samefile(source)  # hard links, too
+        if same or out.resolve() == source.resolve():
             raise UsageError(f"{out}: output and input are the same", "choose another --out")
-        if out.absolute() in source.absolute().parents:
-            raise UsageError(f"{out}: the input lies inside it", "choose another --out")
-    if (out.exists() or out.is_symlink()) and not overwrite:
+        if out.resolve() in source.resolve().parents:
+            raise UsageError(f"{out}: the input {source} lies inside it", "choose another --out")
+    if not out.exists() and not out.is_symlink():
+        return
+    if not overwrite:
         raise UsageError(f"{out}: exists already", "say --overwrite, or choose another --out")
+    if out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file():
+        raise UsageError(f"{out}: holds no model, so it is not replaced", "choose another --out")
 
 
 class OutputFolder:
@@ -72,15 +74,24 @@ class OutputFolder:
             self._require_ours()
             shutil.rmtree(self.path)
         found = self._resume(fingerprint)
+        self._journal: TextIO | None = None
+        try:
+            self._begin(None if found else fingerprint)
+        except BaseException:
+            self.close() if found else self.discard()
+            raise
+        self._drop_broken()
+
+    def _begin(self, fingerprint: str | None) -> None:
+        """Makes the files and reserves their space; a new journal opens with the fingerprint."""
         with self._system_errors():
             self.path.mkdir(parents=True, exist_ok=True)
             self._journal = (self.path / JOURNAL).open("a", encoding="utf-8")
-            for name, pieces in files.items():
+            for name, pieces in self._files.items():
                 self._lay_out(name, pieces)
-            if not found:
+            if fingerprint is not None:
                 self._note({"fingerprint": fingerprint})
                 self._sync_journal()
-        self._drop_broken()
 
     @staticmethod
     def reserved_bytes(out: Path) -> int:
@@ -164,14 +175,18 @@ class OutputFolder:
 
     def publish(self, overwrite: bool) -> None:
         """Gives the folder its final name; an older one is replaced only now."""
-        for descriptor in self._open.values():
-            os.fsync(descriptor)
+        with self._system_errors():
+            for file in self.path.rglob("*"):
+                if file.is_file():
+                    with file.open("rb") as stream:
+                        os.fsync(stream.fileno())
         self.close()
-        (self.path / JOURNAL).unlink()
         old = self.out.with_name(f"{self.out.name}.replaced")
         if overwrite and self.out.exists():
             self.out.rename(old)
         self.path.rename(self.out)
+        # Only now: a run that is killed before the rename must find its journal again.
+        (self.out / JOURNAL).unlink()
         if old.is_dir() and not old.is_symlink():
             shutil.rmtree(old)
         elif old.exists():
@@ -185,7 +200,8 @@ class OutputFolder:
         for descriptor in self._open.values():
             os.close(descriptor)
         self._open.clear()
-        self._journal.close()
+        if self._journal is not None:
+            self._journal.close()
 
     def discard(self) -> None:
         """Closes and removes the unfinished folder."""
@@ -252,9 +268,11 @@ class OutputFolder:
         return total
 
     def _note(self, entry: Mapping[str, object]) -> None:
+        assert self._journal is not None
         self._journal.write(json.dumps(entry) + "\n")
 
     def _sync_journal(self) -> None:
+        assert self._journal is not None
         self._journal.flush()
         os.fsync(self._journal.fileno())
 
@@ -263,5 +281,6 @@ class OutputFolder:
         try:
             yield
         except OSError as error:
-            kind = ResourceError if error.errno in _FULL else InputError
-            raise kind(f"{self.path}: {error.strerror or error}", "free some space, then repeat the command") from error
+            if full := resource_error(error):
+                raise ResourceError(f"{self.path}: {error.strerror or error}", full.hint) from error
+            raise InputError(f"{self.path}: {error.strerror or error}", "choose another --out") from error
