@@ -12,6 +12,7 @@ Experts that transformers keeps in one stack are alike: what is found for those 
 
 from __future__ import annotations
 
+import os
 from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from quantize.schemes import Shape
 from quantize.skeleton import Skeleton
 from quantize.structure import Fold, Input, fold_all, grouped
 from quantize.sweep import Site, Stage, Trial
@@ -43,19 +45,49 @@ class Structure:
     sites: Mapping[Site, str]
 
 
-def trace(stage: Stage, skeleton: Skeleton) -> Structure:
+# What blocks of one make have in common: by the names and shapes of their tensors, the fold of each input, by its
+# consumers. Names are without the part that is the block's own.
+Known = dict[tuple[tuple[str, Shape], ...], dict[tuple[str, ...], Fold | None]]
+
+
+def trace(stage: Stage, skeleton: Skeleton, known: Known | None = None) -> Structure:
     """Returns the structure of the stage's block, traced with its probe batch.
 
     The block's weights are exchanged and put back; the batches do not move.
+
+    Args:
+        stage: The block.
+        skeleton: The model.
+        known: What earlier blocks had; what this one has is added. A block of a known make is searched only if the
+            check does not find the known folds sound in it.
     """
+    known = {} if known is None else known
     base = stage.probe()
     inputs = _inputs(base, stage, skeleton)
-    found = _folds(stage, inputs, base, skeleton)
-    found = _for_siblings(found, inputs, base, skeleton)
-    items = [replace(item, fold=found.get(site)) for site, item in inputs.items()]
-    kept = _sound(stage, _without_unused(items, base, stage, skeleton), base.output)
+    prefix = os.path.commonprefix(list(stage.weights))  # noqa: RUF071 -- cut at a dot in the next line
+    own = prefix[: prefix.rfind(".") + 1]
+    make = tuple((name.removeprefix(own), tuple(value.shape)) for name, value in stage.weights.items())
+    keys = {site: tuple(name.removeprefix(own) for name in item.consumers) for site, item in inputs.items()}
+    items = None
+    if make in known and known[make].keys() == set(keys.values()):
+        hoped = [replace(item, fold=_renamed(known[make][keys[site]], "", own)) for site, item in inputs.items()]
+        items = _sound(stage, _without_unused(hoped, base, stage, skeleton), base.output)
+        items = items if list(items) == hoped else None
+    if items is None:
+        found = _for_siblings(_folds(stage, inputs, base, skeleton), inputs, base, skeleton)
+        items = tuple(replace(item, fold=found.get(site)) for site, item in inputs.items())
+        items = _sound(stage, _without_unused(items, base, stage, skeleton), base.output)
+        known[make] = {key: _renamed(item.fold, own, "") for key, item in zip(keys.values(), items, strict=True)}
     stage.load()
-    return Structure(kept, {site: item.name for site, item in inputs.items()})
+    return Structure(items, {site: item.name for site, item in inputs.items()})
+
+
+def _renamed(fold: Fold | None, old: str, new: str) -> Fold | None:
+    """Returns a fold with another start of its names."""
+    if fold is None:
+        return None
+    bias = None if fold.bias is None else new + fold.bias.removeprefix(old)
+    return replace(fold, producer=new + fold.producer.removeprefix(old), bias=bias)
 
 
 def _inputs(base: Trial, stage: Stage, skeleton: Skeleton) -> dict[Site, Input]:
