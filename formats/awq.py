@@ -17,8 +17,8 @@ from torch import Tensor
 
 from quantize.errors import InputError
 from quantize.formats.base import Checkpoint, Piece, TensorInfo
-from quantize.formats.container import read_rows
-from quantize.formats.folder import FolderCheckpoint, is_folder, read_json
+from quantize.formats.container import Extent, read_rows
+from quantize.formats.folder import FolderCheckpoint, is_folder, read_json, take_quantization
 from quantize.schemes import AffineInt, Plain, QuantizedTensor, Scheme, Shape
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -48,11 +48,12 @@ class AWQCheckpoint(FolderCheckpoint):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        quantization = self.quantization
-        version = str(quantization.get("version") or quantization.get("format") or "gemm").lower()
-        bits = quantization.get("bits", quantization.get("w_bit", 4))
+        block = self.quantization
+        version = str(block.get("version") or block.get("format") or "gemm").lower()
+        bits = block.get("bits", block.get("w_bit", 4))
         if version != "gemm" or bits != 4:
             raise InputError(f"{path}: AWQ version '{version}' with {bits} bits", "only 4-bit GEMM can be read")
+        self._group: object = block.get("group_size", block.get("q_group_size"))
 
     @cached_property
     def _coded(self) -> dict[str, str]:
@@ -75,36 +76,60 @@ class AWQCheckpoint(FolderCheckpoint):
             words, zeros, scales = (self.extents[module + part] for part in _PARTS)
         except KeyError as error:
             raise InputError(f"{self.path}: lacks tensor '{error.args[0]}'") from None
-        rows, groups, cols = words.shape[0], scales.shape[0], scales.shape[1]
-        if words.shape != (rows, cols // 8) or zeros.shape != (groups, cols // 8) or rows % groups:
-            raise InputError(f"{words.file}: the shapes of '{module}.qweight', qzeros and scales do not agree")
-        scheme = AffineInt(4, rows // groups if groups > 1 else -1)
+        if not len(words.shape) == len(zeros.shape) == len(scales.shape) == 2 or not scales.dtype.is_floating_point:
+            raise self._disagreement(words, module)
+        rows, (groups, cols) = words.shape[0], scales.shape
+        right = words.shape == (rows, cols // 8) and zeros.shape == (groups, cols // 8) and cols % 8 == 0
+        if (
+            not right
+            or not groups
+            or rows % groups
+            or rows // groups < 8
+            or (words.dtype, zeros.dtype) != (torch.int32, torch.int32)
+        ):
+            raise self._disagreement(words, module)
+        group = -1 if self._group == -1 and groups == 1 else rows // groups
+        if self._group not in (None, group):
+            raise InputError(
+                f"{words.file}: '{module}' has groups of {group}, config.json says {self._group}",
+                "the file or its config is broken: download both again",
+            )
         nbytes = words.nbytes + zeros.nbytes + scales.nbytes
-        return TensorInfo(f"{module}.weight", (cols, rows), scheme, nbytes)
+        return TensorInfo(f"{module}.weight", (cols, rows), AffineInt(4, group), nbytes)
+
+    @staticmethod
+    def _disagreement(words: Extent, module: str) -> InputError:
+        return InputError(f"{words.file}: the shapes or types of '{module}.qweight', qzeros and scales do not agree")
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Returns rows of a tensor, dequantized to float32 where it is quantized."""
-        coded = self.read_coded(name)
-        return super().read(name, start, stop) if coded is None else coded.dequantize()[start:stop]
+        coded = self._codes(name, start, stop)
+        return super().read(name, start, stop) if coded is None else coded.dequantize()
+
+    def read_coded(self, name: str) -> QuantizedTensor | None:
+        """Returns the codes of a quantized tensor, or None for a plain one."""
+        return self._codes(name, 0, None)
+
+    def _codes(self, name: str, start: int, stop: int | None) -> QuantizedTensor | None:
+        """Returns rows of a quantized tensor. They lie across the file, so all is read, but only they are unpacked."""
+        module = self._coded.get(name)
+        if module is None:
+            return None
+        info = self.tensors[name]
+        stop = info.shape[0] if stop is None else min(stop, info.shape[0])
+        words, zeros, scales = (read_rows(self.extents[module + part]) for part in _PARTS)
+        first, rows = start // 8, slice(start % 8, start % 8 + stop - start)
+        arrays = {
+            "codes": unpack(words[:, first : -(-stop // 8)])[:, rows].T.contiguous(),
+            "scales": scales[:, start:stop].T.contiguous(),
+            "zeros": unpack(zeros[:, first : -(-stop // 8)])[:, rows].T.contiguous(),
+        }
+        return QuantizedTensor(info.scheme, (stop - start, info.shape[1]), arrays)
 
     def file(self, name: str) -> Path:
         """Returns the shard that holds the tensor, or its codes."""
         module = self._coded.get(name)
         return self.extents[name if module is None else f"{module}.qweight"].file
-
-    def read_coded(self, name: str) -> QuantizedTensor | None:
-        """Returns the codes of a quantized tensor, or None for a plain one."""
-        module = self._coded.get(name)
-        if module is None:
-            return None
-        words, zeros, scales = (read_rows(self.extents[module + part]) for part in _PARTS)
-        info = self.tensors[name]
-        arrays = {
-            "codes": unpack(words).T.contiguous(),
-            "scales": scales.T.contiguous(),
-            "zeros": unpack(zeros).T.contiguous(),
-        }
-        return QuantizedTensor(info.scheme, info.shape, arrays)
 
 
 class AWQFormat:
@@ -118,8 +143,7 @@ class AWQFormat:
         """Returns whether the folder's config names AWQ."""
         if not is_folder(path) or not (path / "config.json").is_file():
             return False
-        block = read_json(path / "config.json").get("quantization_config")
-        return isinstance(block, dict) and block.get("quant_method") == "awq"
+        return take_quantization(path, read_json(path / "config.json")).get("quant_method") == "awq"
 
     def open(self, path: Path) -> Checkpoint:
         """Returns the folder as a checkpoint."""
@@ -162,7 +186,7 @@ class AWQFormat:
         return {
             f"{module}.qweight": pack(coded.arrays["codes"].T),
             f"{module}.qzeros": pack(coded.arrays["zeros"].T),
-            f"{module}.scales": coded.arrays["scales"].T.contiguous(),
+            f"{module}.scales": coded.arrays["scales"].T.to(torch.float16).contiguous(),
         }
 
     def quantization_config(self, schemes: Mapping[str, Scheme]) -> dict[str, Any]:

@@ -6,7 +6,8 @@ Every format that lives in such a folder reads through `FolderCheckpoint`; it on
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,19 @@ from quantize.formats.container import Extent, read_header, read_rows
 from quantize.schemes import Plain, QuantizedTensor
 
 INDEX = "model.safetensors.index.json"
-# Files that the weights replace or that speak of weights we do not carry over.
-_NOT_SIDE_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pth", "*.pt",
-                   "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot", "config.json", ".*")  # fmt: skip
-_SIDE_FOLDERS = ("additional_chat_templates",)
-# Buffers that old checkpoints stored and that every engine computes itself.
-_BUFFERS = (".rotary_emb.inv_freq", ".attention.masked_bias", ".attn.masked_bias")
+_ADAPTER = "adapter_config.json"
+# Weights in any form.
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pth", "*.pt", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.npz", "*.onnx",
+            "*.onnx_data", "*.ot", "*.tflite")  # fmt: skip
+# Files that are written anew, and those that speak of weights which are not carried over.
+_NOT_SIDE_FILES = (*_WEIGHTS, "*.safetensors.index.json", "*.bin.index.json", "config.json",
+                   "quant_config.json", "quantize_config.json", "hf_quant_config.json", ".*")  # fmt: skip
+# Weights that stand beside the model's own: adapters, and Mistral's original names.
+_BESIDE = ("adapter_", "consolidated")
+_SHARD = re.compile(r".+-(\d{5})-of-(\d{5})\.safetensors")
+# Buffers that old checkpoints stored and that every engine computes itself; a causal mask has four dimensions.
+_BUFFERS = (".inv_freq", ".masked_bias", ".position_ids")
+_MASKS = (".attn.bias", ".attention.bias")
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -37,7 +45,7 @@ def read_json(file: Path) -> dict[str, Any]:
         value = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{file}: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise InputError(f"{file}: holds no JSON object")
@@ -47,7 +55,7 @@ def read_json(file: Path) -> dict[str, Any]:
 def is_folder(path: Path) -> bool:
     """Returns whether `path` is a folder with a config and safetensors weights, or one that should be."""
     return path.is_dir() and (
-        (path / "config.json").is_file() or any(path.glob("*.safetensors")) or (path / INDEX).is_file()
+        any((path / name).is_file() for name in ("config.json", _ADAPTER, INDEX)) or any(path.glob("*.safetensors"))
     )
 
 
@@ -57,35 +65,54 @@ def refuse_other_kinds(path: Path) -> None:
     Raises:
         InputError: always, when `path` is a LoRA adapter, holds only pickled weights, or lacks config or weights.
     """
-    weights = any(path.glob("*.safetensors")) or (path / INDEX).is_file()
-    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
-        base = read_json(path / "adapter_config.json").get("base_model_name_or_path") or "BASE"
+    own = [file for file in path.glob("*.safetensors") if not file.name.startswith(_BESIDE[0])]
+    weights = bool(own) or (path / INDEX).is_file()
+    config = (path / "config.json").is_file()
+    if (path / _ADAPTER).is_file() and not (weights and config):
+        base = read_json(path / _ADAPTER).get("base_model_name_or_path") or "BASE"
         raise InputError(
             f"{path}: a LoRA adapter, not a model", f"quantize its base: quantize run {base} --adapter {path}"
         )
-    if not (path / "config.json").is_file():
+    if not config:
         raise InputError(f"{path}: holds no config.json", "name a folder that save_pretrained wrote")
     if not weights:
-        kind = "only pickled weights" if any(path.glob("*.bin")) or any(path.glob("*.pt*")) else "no weights"
+        pickled = any(any(path.glob(pattern)) for pattern in ("*.bin", "*.pt", "*.pth", "*.bin.index.json"))
+        kind = "only pickled weights" if pickled else "no weights"
         raise InputError(f"{path}: holds {kind}", "safetensors files are needed")
+
+
+def take_quantization(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Removes the quantization blocks from a config and returns the first that says something.
+
+    Some multimodal models hold it in their text config; old AWQ checkpoints in a file of its own.
+    """
+    found: dict[str, Any] = {}
+    for holder in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key in ("quantization_config", "compression_config"):
+            block = holder.pop(key, None)
+            if isinstance(block, dict) and block and not found:
+                found = block
+    if not found and (path / "quant_config.json").is_file():
+        found = {"quant_method": "awq", **read_json(path / "quant_config.json")}
+    return found
 
 
 def read_extents(path: Path) -> dict[str, Extent]:
     """Returns every stored array of a folder: those of the index if there is one, else of all safetensors files.
 
     Raises:
-        InputError: a shard is missing (named first, then the number of tensors lost), broken, or lacks a tensor.
+        InputError: a shard is missing (named first, then the number of tensors lost), broken, or lacks a tensor; or
+            two files hold the same tensor.
     """
-    files = sorted(path.glob("*.safetensors"))
     index = path / INDEX
     if not index.is_file():
-        # A folder may also keep the unsharded original beside the shards; the plain name is then the model.
-        whole = path / "model.safetensors"
-        files = [whole] if whole in files else files
-        return {name: extent for file in files for name, extent in read_header(file)[0].items()}
+        return _unindexed(path)
     table = read_json(index).get("weight_map")
     if not isinstance(table, dict):
         raise InputError(f"{index}: has no weight_map")
+    for file in table.values():
+        if not isinstance(file, str) or Path(file).is_absolute() or ".." in Path(file).parts:
+            raise InputError(f"{index}: names {file!r}, which is no file of this folder")
     wanted = sorted(set(table.values()))
     missing = [name for name in wanted if not (path / name).exists()]
     if missing:
@@ -95,24 +122,35 @@ def read_extents(path: Path) -> dict[str, Extent]:
             "download the missing files",
         )
     extents: dict[str, Extent] = {}
-    for name in wanted:
-        extents.update(read_header(path / name)[0])
+    for file in wanted:
+        found = read_header(path / file)[0]
+        extents.update((name, extent) for name, extent in found.items() if table.get(name, file) == file)
     for name, file in table.items():
         if name not in extents:
             raise InputError(f"{path / file}: lacks tensor '{name}' that {INDEX} promises")
     return extents
 
 
-def tie_flag(config: Mapping[str, Any]) -> bool:
-    """Returns whether the head shares the embedding's matrix; a nested text config speaks for itself.
-
-    transformers ties by default where a config is silent in neither place only for some models; the class default
-    is applied by whoever builds the model, so silence here means True, as in the base class.
-    """
-    for holder in (config.get("text_config") or {}, config):
-        if "tie_word_embeddings" in holder:
-            return bool(holder["tie_word_embeddings"])
-    return True
+def _unindexed(path: Path) -> dict[str, Extent]:
+    """Returns the arrays of all files of a folder without an index."""
+    files = sorted(path.glob("*.safetensors"))
+    files = [file for file in files if not file.name.startswith(_BESIDE)] or files
+    # A folder may also keep variants beside the weights; the plain name is then the model.
+    whole = path / "model.safetensors"
+    files = [whole] if whole in files else files
+    shards = [match for file in files if (match := _SHARD.fullmatch(file.name))]
+    if shards and len(shards) < int(shards[0][2]):
+        raise InputError(f"{path}: holds {len(shards)} of {int(shards[0][2])} shards", "download the missing files")
+    extents: dict[str, Extent] = {}
+    for file in files:
+        for name, extent in read_header(file)[0].items():
+            if name in extents:
+                raise InputError(
+                    f"{file}: tensor '{name}' is in {extents[name].file.name} as well",
+                    "leave only the files that belong together, or add their index",
+                )
+            extents[name] = extent
+    return extents
 
 
 class FolderCheckpoint:
@@ -127,9 +165,16 @@ class FolderCheckpoint:
         refuse_other_kinds(path)
         self.path = path
         self.config = read_json(path / "config.json")
-        self.quantization: dict[str, Any] = self.config.pop("quantization_config", None) or {}
+        self.quantization = take_quantization(path, self.config)
+        text = self.config.get("text_config")
+        if isinstance(text, dict) and text.get("tie_word_embeddings"):  # some say it only there
+            self.config.setdefault("tie_word_embeddings", True)
         stored = read_extents(path)
-        self.dropped = {n: "a buffer that engines compute" for n in stored if n.endswith(_BUFFERS)}
+        self.dropped = {
+            name: "a buffer that engines compute"
+            for name, extent in stored.items()
+            if f".{name}".endswith(_BUFFERS) or (name.endswith(_MASKS) and len(extent.shape) == 4)
+        }
         self.extents = {n: e for n, e in stored.items() if n not in self.dropped}
         if not self.extents:
             raise InputError(f"{path}: its safetensors files hold no tensors")
@@ -141,15 +186,8 @@ class FolderCheckpoint:
 
     @cached_property
     def side_files(self) -> Mapping[str, Path]:
-        """Files to carry over unchanged, by name relative to the folder."""
-        found: dict[str, Path] = {}
-        for file in sorted(self.path.iterdir()):
-            if file.is_file() and not any(file.match(pattern) for pattern in _NOT_SIDE_FILES):
-                found[file.name] = file
-        for folder in _SIDE_FOLDERS:
-            for file in sorted((self.path / folder).glob("*")):
-                found[f"{folder}/{file.name}"] = file
-        return found
+        """Files to carry over unchanged, by name relative to the folder, folders of the model included."""
+        return {file.relative_to(self.path).as_posix(): file for file in _side_files(self.path)}
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Returns rows `start` to `stop` of a plain tensor in its own dtype."""
@@ -168,3 +206,33 @@ class FolderCheckpoint:
             name: TensorInfo(name, extent.shape, Plain(extent.dtype), extent.nbytes)
             for name, extent in self.extents.items()
         }
+
+
+def _side_files(root: Path) -> Iterator[Path]:
+    """Yields what is neither weights nor config. Folders with weights are other models unless modules.json says so."""
+    modules = _modules(root)
+    for entry in sorted(root.iterdir()):
+        if entry.is_file():
+            if not any(entry.match(pattern) for pattern in _NOT_SIDE_FILES):
+                yield entry
+        elif entry.is_dir() and not entry.is_symlink():
+            inside = [file for file in sorted(entry.rglob("*")) if file.is_file() and not _hidden(file, root)]
+            foreign = any(file.match(pattern) for file in inside for pattern in _WEIGHTS)
+            if entry.name in modules or not foreign:
+                yield from inside
+
+
+def _hidden(file: Path, root: Path) -> bool:
+    return any(part.startswith(".") or part == "__pycache__" for part in file.relative_to(root).parts)
+
+
+def _modules(root: Path) -> set[str]:
+    """Returns the folders that sentence-transformers counts as parts of the model, dense layers with weights too."""
+    file = root / "modules.json"
+    if not file.is_file():
+        return set()
+    try:
+        table = json.loads(file.read_text(encoding="utf-8"))
+        return {Path(row["path"]).parts[0] for row in table if row["path"]}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{file}: no list of modules: {error}") from error

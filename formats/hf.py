@@ -33,6 +33,11 @@ class HFFormat:
             raise InputError(
                 f"{path}: already quantized with {kind}, which cannot be read yet", "use the model it was made from"
             )
+        packed = next((name for name in checkpoint.tensors if name.endswith((".qweight", ".weight_packed"))), None)
+        if packed is not None:
+            raise InputError(
+                f"{path}: '{packed}' is quantized, but config.json does not say how", "use the model it was made from"
+            )
         return checkpoint
 
     def reject(self, scheme: Scheme) -> str | None:

@@ -6,7 +6,9 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +20,25 @@ from quantize.calib_data import CalibrationText, token_rows
 from quantize.checkpoint import fingerprint, is_quantized, open_checkpoint
 from quantize.errors import InputError, QuantizeError, ResourceError, UsageError, resource_error
 from quantize.evaluation import DEFAULT_TEXT, evaluate_checkpoints, require_windows
-from quantize.formats.folder import tie_flag
-from quantize.methods.base import Block, Method, Result
-from quantize.parallel import Pool, default_threads, one_torch_thread
+from quantize.formats.folder import INDEX
+from quantize.methods.base import ROWS, Block, Method, Result
+from quantize.parallel import Pool, default_threads, one_torch_thread, spans
 from quantize.planning import Entry, Plan, Request, make_plan, require_space
 from quantize.presets import Choice, choose
 from quantize.progress import Progress, silent
 from quantize.recipe import parse_rule, read_recipe
-from quantize.report import REPORT, Report, card, figures
+from quantize.report import Report, card, figures
 from quantize.schemes import Plain, QuantizedTensor, Scheme, dtype_name, parse_scheme
 from quantize.selftext import SELF, sample_rows
 from quantize.skeleton import Skeleton
+from quantize.statistics import Statistics
 from quantize.store import StatisticsFile
+from quantize.structure import Input
 from quantize.sweep import Sweep
 from quantize.tokenizer import load_tokenizer
-from quantize.trace import trace
+from quantize.trace import Known, trace
 from quantize.version import VERSION
-from quantize.writer import OutputFolder, check_target
+from quantize.writer import REPORT, OutputFolder, check_target, tidy
 
 SAMPLES = 64
 LENGTH = 512
@@ -123,7 +127,7 @@ class Job:
         self.progress = progress
         self.choice: Choice | None = _choice(self.settings)
         self.checkpoint = open_checkpoint(model, settings.adapters)
-        self.source = str(model) if model is not None else self.checkpoint.path.name
+        self.source = _source_name(model, self.checkpoint.path)
         self.method: Method | None = methods.named(self.choice.method) if self.choice else None
         self.target = formats.named(self.choice.format if self.choice else self.settings.format or "hf")
         self._refuse_second_rounding()
@@ -143,6 +147,7 @@ class Job:
             QuantizeError: with the kinds and exit codes of `quantize.errors`. What was done is kept for the next
                 run after `ResourceError` and interrupts, and removed after the others.
         """
+        tidy(self.out)
         if self.plan.refusal is not None:
             raise self.plan.refusal
         self._require_evaluation_text()
@@ -169,6 +174,11 @@ class Job:
             raise starved from error
         return report
 
+    @cached_property
+    def _entry(self) -> Mapping[str, Entry]:
+        """The plan's entries by name."""
+        return {entry.name: entry for entry in self.plan.entries}
+
     @property
     def _calibrates(self) -> bool:
         return self.method is not None and self.method.calibrates
@@ -184,6 +194,7 @@ class Job:
         with Pool(self.threads) as pool:
             for block, result in self._results(output, text, statistics, identity, pool):
                 self._store(output, block, result)
+                del block, result  # they would wait in memory while the next ones are made
         record = self._records(output)
         heard = text.notices if text is not None else ()
         notes = (*self.plan.notices, *heard, *(note for row in record.values() for note in row["notes"]))
@@ -201,7 +212,8 @@ class Job:
             settings=self._recorded_settings(text),
             figures=figures(self.plan, sum(i.nbytes for i in self.checkpoint.tensors.values())),
             notes=notes,
-            errors={name: error for row in record.values() for name, error in row["errors"].items()},
+            errors={name: error for row in record.values() for name, error in sorted(row["errors"].items())},
+            files=self._file_names(),
         )
         self._side_files(output, report)
         source = self._eval_source()
@@ -226,8 +238,7 @@ class Job:
         if not self._calibrates:
             todo = [e for e in self.plan.quantized if not self._written(output, [e])]
             for index, entry in enumerate(todo, 1):
-                block = self._block(entry.name, {entry.name: self._read(entry.name)})
-                yield block, self.method.quantize(block, pool)
+                yield self._made(entry.name, {entry.name: self._read(entry.name)}, (), {}, pool)
                 self.progress("quantizing", index, len(todo))
             return
         blocks = [path for path in self.skeleton.blocks if self._entries_of(path)]
@@ -235,13 +246,25 @@ class Job:
             for index, path in enumerate(blocks, 1):
                 if not self._written(output, self._entries_of(path)):
                     weights = {n: self._read(n) for n in self.skeleton.stored_names(path)}
-                    inputs, values = statistics.read(path)
-                    block = replace(self._block(path, weights), inputs=inputs, statistics=values)
-                    yield block, self.method.quantize(block, pool)
+                    yield self._made(path, weights, *statistics.read(path), pool)
+                    del weights
                 self.progress("quantizing", index, len(blocks))
             return
         assert text is not None
         yield from self._swept(output, text, statistics, identity, pool, blocks)
+
+    def _made(
+        self,
+        name: str,
+        weights: Mapping[str, Tensor],
+        inputs: Sequence[Input],
+        statistics: Mapping[str, Statistics],
+        pool: Pool,
+    ) -> tuple[Block, Result]:
+        """Returns one block and what the method makes of it. Its callers keep no weights alive while they wait."""
+        assert self.method is not None
+        block = replace(self._block(name, weights), inputs=inputs, statistics=statistics)
+        return block, self.method.quantize(block, pool)
 
     def _swept(
         self,
@@ -272,18 +295,18 @@ class Job:
             )
             if statistics is not None:
                 stack.enter_context(statistics.recording(identity["model"], text.sha256))
+            known: Known = {}
             for stage in sweep.stages():
                 if stage.path in todo or (statistics is not None and stage.path in blocks):
                     self._scan(stage.weights)
-                    structure = trace(stage, self.skeleton)
+                    structure = trace(stage, self.skeleton, known)
                     values = stage.run(structure.sites)
                     if statistics is not None:
                         statistics.write(stage.path, structure.inputs, values)
                     if stage.path in todo:
-                        block = self._block(stage.path, stage.weights)
-                        block = replace(block, inputs=structure.inputs, statistics=values)
-                        yield block, self.method.quantize(block, pool)
+                        yield self._made(stage.path, stage.weights, structure.inputs, values, pool)
                         todo.remove(stage.path)
+                    del values
                 if stage.path in blocks:
                     self.progress("quantizing", blocks.index(stage.path) + 1, len(blocks))
                 if not todo and statistics is None:
@@ -295,7 +318,7 @@ class Job:
 
     def _block(self, name: str, weights: Mapping[str, Tensor]) -> Block:
         """Returns the block made of these stored tensors; those on disk already are left out of its schemes."""
-        entries = {e.name: e for e in self.plan.entries if e.name in weights}
+        entries = {e.name: e for e in map(self._entry.get, weights) if e is not None}
         dtypes = {n: e.scheme.dtype if isinstance(e.scheme, Plain) else torch.float32 for n, e in entries.items()}
         return Block(name, weights, dtypes, {n: e.scheme for n, e in entries.items() if e.quantized})
 
@@ -310,8 +333,8 @@ class Job:
         if self.settings.allow_nan:
             return
         for name, value in weights.items():
-            if value.is_floating_point() and not bool(value.isfinite().all()):
-                bad = (~value.isfinite()).nonzero()
+            if not _finite(value):
+                bad = (~value.float().isfinite()).nonzero()
                 first = bad[0].tolist()
                 place = [first[0] + start, *first[1:]] if first else "its only value"
                 raise InputError(
@@ -327,7 +350,10 @@ class Job:
         plain = [e for e in self.plan.entries if not e.quantized and e.name not in touched]
         todo = [e for e in plain if e.name not in output.done]
         for index, entry in enumerate(todo, 1):
-            output.put_parts(entry.name, self._parts(entry))
+            zeroed: list[int] = []
+            output.put_parts(entry.name, self._parts(entry, zeroed))
+            if note := _zeroed_note(entry, sum(zeroed)):
+                output.record(entry.name, {"notes": [note], "errors": {}})
             if index % 32 == 0 or index == len(todo) or entry.count > _COPY:
                 output.commit()
             self.progress("copying", index, len(todo))
@@ -340,16 +366,16 @@ class Job:
             name for path in self.skeleton.blocks if self._entries_of(path) for name in self.skeleton.stored_names(path)
         )
 
-    def _parts(self, entry: Entry) -> Iterator[Tensor]:
-        assert isinstance(entry.scheme, Plain)
-        if not entry.shape:
-            yield self.checkpoint.read(entry.name).to(entry.scheme.dtype)
-            return
-        rows = max(1, _COPY // max(1, 4 * entry.count // entry.shape[0]))
-        for start in range(0, entry.shape[0], rows):
+    def _parts(self, entry: Entry, zeroed: list[int]) -> Iterator[Tensor]:
+        """Yields a plain tensor in its output dtype, a run of rows at a time, and counts what becomes 0 by the cast."""
+        length = entry.shape[0] if entry.shape else 1
+        rows = max(1, _COPY // max(1, 4 * entry.count // max(1, length)))
+        for start in range(0, length, rows):
             part = self.checkpoint.read(entry.name, start, start + rows)
             self._scan({entry.name: part}, start)
-            yield self._cast(entry, part)
+            cast = self._cast(entry, part)
+            zeroed.append(_zeroed(part, cast))
+            yield cast
 
     def _cast(self, entry: Entry, value: Tensor) -> Tensor:
         """Returns a plain value in its output dtype.
@@ -369,8 +395,9 @@ class Job:
 
     def _store(self, output: OutputFolder, block: Block, result: Result) -> None:
         """Writes all tensors of one block and makes them durable together with the block's record."""
-        by_name = {entry.name: entry for entry in self.plan.entries if entry.name in block.weights}
+        by_name = {e.name: e for e in map(self._entry.get, block.weights) if e is not None}
         errors: dict[str, float] = {}
+        notes = list(result.notes)
         for name, entry in by_name.items():
             if entry.quantized:
                 coded = result.coded[name]
@@ -378,25 +405,34 @@ class Job:
                 errors[name] = self._error(block, result, name, coded)
             else:
                 value = result.changed.get(name, block.weights[name])
-                output.put({name: self._cast(entry, value)})
-        output.record(block.name, {"notes": list(result.notes), "errors": errors})
+                cast = self._cast(entry, value)
+                output.put({name: cast})
+                if note := _zeroed_note(entry, _zeroed(value, cast)):
+                    notes.append(note)
+        output.record(block.name, {"notes": notes, "errors": errors})
         output.commit()
 
     @staticmethod
     def _error(block: Block, result: Result, name: str, coded: QuantizedTensor) -> float:
         """Returns |Q - W|^2 / |W|^2, W being what was rounded: the weight after folds."""
         weight = result.targets.get(name, block.weights[name])
-        return float((coded.dequantize() - weight).square().sum() / weight.square().sum().clamp_min(1e-30))
+        lost = whole = 0.0
+        for start, stop in spans(len(weight), ROWS):
+            part = weight[start:stop]
+            lost += float((coded.rows(start, stop).dequantize() - part).square_().sum())
+            whole += float(part.square().sum())
+        return lost / max(whole, 1e-30)
 
     def _records(self, output: OutputFolder) -> dict[str, dict[str, Any]]:
         return dict(sorted(output.records.items()))
 
     def _side_files(self, output: OutputFolder, report: Report) -> None:
-        config = dict(self.checkpoint.config)
-        linears = {e.name: e.scheme for e in self.plan.entries if e.name in self.skeleton.linears}
-        linears |= {e.name: e.scheme for e in self.plan.entries if e.rule == "copied: router" and len(e.shape) == 2}
+        config = deepcopy(self.checkpoint.config)
+        linears = {e.name: e.scheme for e in self.plan.entries if e.quantized or _maybe_linear(e)}
         block = self.target.quantization_config(linears) if self.plan.quantized else {}
-        config["tie_word_embeddings"] = self.settings.assume_tied or tie_flag(self.checkpoint.config)
+        nested = config.get("text_config")
+        for holder in (config, nested) if isinstance(nested, dict) else (config,):
+            holder["tie_word_embeddings"] = self.skeleton.head_tied
         if block:
             config["quantization_config"] = block
         dtypes = [e.scheme.dtype for e in self.plan.entries if isinstance(e.scheme, Plain)]
@@ -412,8 +448,15 @@ class Job:
         }
         index = output.index()
         if index is not None:
-            written["model.safetensors.index.json"] = index
+            written[INDEX] = index
         output.write_side_files(self.checkpoint.side_files, written)
+
+    def _file_names(self) -> tuple[str, ...]:
+        """Returns the names of all files of the output."""
+        index = [INDEX] if len(self.plan.files) > 1 else []
+        return tuple(
+            sorted({*self.plan.files, *index, *self.checkpoint.side_files, "config.json", "README.md", REPORT})
+        )
 
     def _evaluate(self, output: OutputFolder, report: Report, source: str) -> dict[str, Any]:
         result = evaluate_checkpoints(
@@ -477,18 +520,13 @@ class Job:
             )
 
     def _default_name(self) -> str:
-        name = self.checkpoint.path.resolve().stem if self.checkpoint.path.is_file() else self._folder_name()
+        name = self.source.split("@")[0].rsplit("/", 1)[-1]
+        name = Path(name).stem if self.checkpoint.path.is_file() else name
         return name + (self.choice.suffix if self.choice else f"-{self.settings.format or 'hf'}")
-
-    def _folder_name(self) -> str:
-        # A hub snapshot's folder is a commit hash; the model's name is the last part of its id.
-        path = self.checkpoint.path.resolve()
-        return self.source.split("@")[0].rsplit("/", 1)[-1] if path.parent.name == "snapshots" else path.name
 
     def _entries_of(self, path: str) -> list[Entry]:
         """Returns the entries that the method makes for a block: nothing, if nothing of it is quantized."""
-        names = set(self.skeleton.stored_names(path))
-        entries = [entry for entry in self.plan.entries if entry.name in names]
+        entries = [self._entry[name] for name in self.skeleton.stored_names(path)]
         return entries if any(entry.quantized for entry in entries) else []
 
     def _written(self, output: OutputFolder, entries: Sequence[Entry]) -> bool:
@@ -573,16 +611,51 @@ def _choice(settings: Settings) -> Choice | None:
     )
 
 
+def _finite(value: Tensor) -> bool:
+    """Returns whether no element is NaN or Inf, by the extremes: NaN shows in both, and no mask of all is made."""
+    if not value.is_floating_point() or not value.numel():
+        return True
+    value = value.float() if value.dtype.itemsize == 1 else value
+    return all(bool(extreme.isfinite()) for extreme in value.aminmax())
+
+
+def _maybe_linear(entry: Entry) -> bool:
+    """Returns whether an engine might take a kept tensor for a linear: towers, projectors, routers, kept blocks."""
+    matrix = len(entry.shape) == 2 and entry.name.endswith(".weight")
+    return matrix and entry.rule not in ("copied: embedding", "copied: head")
+
+
+def _zeroed(before: Tensor, after: Tensor) -> int:
+    """Returns how many values a cast made zero."""
+    if before.dtype == after.dtype or not before.is_floating_point():
+        return 0
+    return int(((after == 0) & (before != 0)).sum())
+
+
+def _zeroed_note(entry: Entry, count: int) -> str | None:
+    return f"{entry.name}: {count} values too small for {entry.scheme} became 0" if count else None
+
+
 def _output(path: str | Path) -> Path:
     """Returns the output's path with a name of its own: `.` and `..` have none."""
     path = Path(path).expanduser()
     return path if path.name not in ("", "..") else path.resolve()
 
 
+def _source_name(model: str | Path | None, path: Path) -> str:
+    """Returns a hub id, else the name of the folder or file: reports must not differ by where things lie."""
+    if model is not None and not Path(model).expanduser().exists():
+        return str(model).removeprefix("hub:")
+    path = path.resolve()
+    if path.parent.name == "snapshots":  # of the hub's cache: models--OWNER--NAME/snapshots/COMMIT
+        return path.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
+    return path.name
+
+
 def _dtype(name: str | None) -> torch.dtype | None:
     if name is None:
         return None
     scheme: Scheme = parse_scheme(name)
-    if not isinstance(scheme, Plain) or not scheme.dtype.is_floating_point:
-        raise UsageError(f"--dtype {name} is no floating type", "choose f32, f16 or bf16")
+    if not isinstance(scheme, Plain) or not scheme.holds_weights:
+        raise UsageError(f"--dtype {name} is no floating type of 16 bits or more", "choose f32, f16 or bf16")
     return scheme.dtype

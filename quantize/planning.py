@@ -217,11 +217,16 @@ def _with_group(checkpoint: Checkpoint, skeleton: Skeleton, request: Request) ->
     bad = [width for width in widths if width % scheme.group_size]
     if not bad:
         return request, []
-    group = next((g for g in _SMALLER_GROUPS if g < scheme.group_size and not any(w % g for w in widths)), 32)
-    group = min(group, scheme.group_size)
-    reason = f"{scheme.group_size} does not divide the width {bad[0]} of {widths[bad[0]]}"
+    # What no smaller group divides either is kept, and must not lower the group of everything else.
+    smallest = min(_SMALLER_GROUPS[-1], scheme.group_size)
+    fitting = [width for width in widths if width % smallest == 0]
+    choices = [g for g in (scheme.group_size, *_SMALLER_GROUPS) if g <= scheme.group_size]
+    group = next((g for g in choices if not any(width % g for width in fitting)), smallest)
+    first = next((width for width in bad if width in fitting), bad[0])
+    reason = f"{scheme.group_size} does not divide the width {first} of {widths[first]}"
     if not request.fallback:
-        raise UsageError(f"group size {reason}", f"say --group-size {group}, or allow fallbacks")
+        smaller = f"say --group-size {group}" if group < scheme.group_size else "keep it by a rule"
+        raise UsageError(f"group size {reason}", f"{smaller}, or allow fallbacks")
     if group == scheme.group_size:
         return request, []
     lowered = replace(scheme, group_size=group)
@@ -236,7 +241,7 @@ def _entries(checkpoint: Checkpoint, skeleton: Skeleton, request: Request) -> tu
         index = first_match(request.rules, names)
         used.update(i for i, rule in enumerate(request.rules) if rule.matches(names))
         if index is not None:
-            entries.append(_by_rule(info, request.rules[index], skeleton, request))
+            entries.append(_by_rule(info, request.rules[index], skeleton, checkpoint, request))
         elif info.name in skeleton.linears and request.scheme is not None:
             entries.append(_fit(info, request.scheme, "linear of a block", request))
         else:
@@ -249,14 +254,17 @@ def _entries(checkpoint: Checkpoint, skeleton: Skeleton, request: Request) -> tu
     return tuple(entries)
 
 
-def _by_rule(info: TensorInfo, rule: Rule, skeleton: Skeleton, request: Request) -> Entry:
+def _by_rule(info: TensorInfo, rule: Rule, skeleton: Skeleton, checkpoint: Checkpoint, request: Request) -> Entry:
     origin = f"{rule.origin}: {rule.pattern}"
     if rule.scheme is None:
         return _kept(info, origin, replace(request, dtype=None))
     if isinstance(rule.scheme, Plain):
-        return Entry(info.name, info.shape, info.scheme, rule.scheme, origin)
+        if not rule.scheme.holds_weights:
+            raise UsageError(f"{origin}: {rule.scheme} cannot hold weights", "choose f32, f16, bf16 or keep")
+        return _kept(info, origin, replace(request, dtype=rule.scheme.dtype))
     if info.name not in skeleton.linears:
-        if "*" in rule.pattern or rule.pattern.startswith("re:"):
+        if rule.wide:
+            _why_kept(info, skeleton, checkpoint)  # a pattern must not hide a tensor that nobody knows
             return _kept(info, f"{origin} asks for more, but it is no linear of a block", request)
         raise UsageError(f"{origin}: {info.name} is no linear of a block", "only those can be quantized")
     return _fit(info, rule.scheme, origin, request)

@@ -36,6 +36,11 @@ class Rule:
     scheme: Scheme | None
     origin: str
 
+    @property
+    def wide(self) -> bool:
+        """Whether it is a pattern and no plain name."""
+        return self.pattern.startswith("re:") or any(sign in self.pattern for sign in "*?[")
+
     def matches(self, names: Iterable[str]) -> bool:
         """Returns whether one of a tensor's names matches; `.weight` at the end is ignored."""
         stems = [name.removesuffix(".weight") for name in names]
@@ -62,7 +67,7 @@ def parse_rule(text: str, origin: str) -> Rule:
         UsageError: there is no `=`, the scheme is unknown, or the regular expression is broken.
     """
     pattern, equals, scheme = text.rpartition("=")
-    if not equals or not pattern:
+    if not equals or not pattern.strip():
         raise UsageError(f"{origin}: '{text}' is no rule", "write 'PATTERN=SCHEME', such as '*.down_proj=keep'")
     return _rule(pattern, scheme, origin)
 
@@ -71,19 +76,34 @@ def read_recipe(path: Path) -> list[Rule]:
     """Returns the rules of a YAML file: a list `rules` of `match` and `scheme`.
 
     Raises:
-        InputError: the file cannot be read, is no YAML, or has other keys; all faults are named at once.
+        InputError: the file cannot be read, is no YAML, or has other keys, patterns that are none or schemes that are
+            unknown; all faults are named at once.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        model = _RecipeModel.model_validate(content)
+        model = _RecipeModel.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from error
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: no valid YAML: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        hint = "put patterns in quotes: match: '*.down_proj'"
+        raise InputError(f"{path}: no valid YAML: {' '.join(str(error).split())}", hint) from error
     except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise InputError(f"{path}: {faults}", "a recipe is 'rules:' and entries of 'match:' and 'scheme:'") from None
-    return [_rule(rule.match, rule.scheme, str(path)) for rule in model.rules]
+        faults = [": ".join(filter(None, (".".join(map(str, e["loc"])), e["msg"]))) for e in error.errors()]
+        raise _broken(path, faults) from None
+    rules: list[Rule] = []
+    faults = []
+    for number, rule in enumerate(model.rules):
+        try:
+            rules.append(_rule(rule.match, rule.scheme, str(path)))
+        except UsageError as error:
+            faults.append(f"rules.{number}: {error.message.removeprefix(f'{path}: ')}")
+    if faults:
+        raise _broken(path, faults)
+    return rules
+
+
+def _broken(path: Path, faults: Sequence[str]) -> InputError:
+    hint = "a recipe is 'rules:' and entries of 'match:' and 'scheme:', such as '*.down_proj' and int8-g64 or keep"
+    return InputError(f"{path}: {'; '.join(faults)}", hint)
 
 
 def first_match(rules: Sequence[Rule], names: Iterable[str]) -> int | None:
@@ -93,10 +113,13 @@ def first_match(rules: Sequence[Rule], names: Iterable[str]) -> int | None:
 
 
 def _rule(pattern: str, scheme: str, origin: str) -> Rule:
+    pattern = pattern.strip()
+    if not pattern:
+        raise UsageError(f"{origin}: an empty pattern matches nothing", "'*' matches every linear of the blocks")
     if pattern.startswith("re:"):
         try:
             re.compile(pattern[3:])
         except re.error as error:
             raise UsageError(f"{origin}: '{pattern}' is no regular expression: {error}") from None
     kept = scheme.strip().lower() == KEEP
-    return Rule(pattern.strip(), None if kept else parse_scheme(scheme), origin)
+    return Rule(pattern, None if kept else parse_scheme(scheme), origin)

@@ -11,8 +11,6 @@ from typing import Any
 
 from quantize.planning import Plan
 
-REPORT = "quantize.json"
-
 
 @dataclass(frozen=True, slots=True)
 class Report:
@@ -29,6 +27,7 @@ class Report:
         notes: Fallbacks and notices, one line each.
         errors: Relative squared error `|Q - W|^2 / |W|^2` of each quantized tensor, by stored name.
         quality: The evaluation, or None where it was not measured.
+        files: Every file of the output by its name in the folder: `--overwrite` removes no others.
     """
 
     out: Path
@@ -41,6 +40,7 @@ class Report:
     notes: tuple[str, ...] = ()
     errors: Mapping[str, float] = field(default_factory=dict)
     quality: Mapping[str, Any] | None = None
+    files: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Returns everything as plain values, the output's path included."""
@@ -55,6 +55,7 @@ class Report:
             "notes": list(self.notes),
             "errors": dict(self.errors),
             "quality": self.quality,
+            "files": list(self.files),
         }
 
     def to_json(self) -> str:

@@ -64,6 +64,11 @@ class QuantizedTensor:
         """Returns the float32 values, shape `shape`: the one truth that writers, kernels and evaluator agree on."""
         return self.scheme.decode(self)
 
+    def rows(self, start: int, stop: int) -> QuantizedTensor:
+        """Returns a run of rows: the first dimension of every array is the tensor's own."""
+        arrays = {key: array[start:stop] for key, array in self.arrays.items()}
+        return QuantizedTensor(self.scheme, (min(stop, self.shape[0]) - start, *self.shape[1:]), arrays)
+
 
 # The spelling in recipes; safetensors headers have the same in upper case.
 DTYPES: dict[str, torch.dtype] = {
@@ -107,6 +112,11 @@ class Plain:
 
     def __str__(self) -> str:
         return dtype_name(self.dtype)
+
+    @property
+    def holds_weights(self) -> bool:
+        """Whether weights may be cast to it: to 8 bits only with a scale, which it has not."""
+        return self.dtype.is_floating_point and self.dtype.itemsize > 1
 
     def bits_per_weight(self, shape: Shape) -> float:
         """Returns the bits of one element."""

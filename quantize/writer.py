@@ -1,19 +1,21 @@
 """The output folder: header first, arrays at their offsets in any order, a journal, and the final name by rename.
 
-Work goes to `<out>.partial/`. `journal.jsonl` holds one line with the fingerprint of model, data and settings and then
-one line for each array that is safely on disk, with its checksum. A run with the same fingerprint continues there.
+Work goes to `<out>.partial/`. The journal there holds one line with the fingerprint of model, data and settings and
+then one line for each array that is safely on disk, with its checksum. A run with the same fingerprint continues there.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Set
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from torch import Tensor
 
@@ -21,7 +23,11 @@ from quantize.errors import InputError, ResourceError, UsageError, VerificationE
 from quantize.formats.base import Piece
 from quantize.formats.container import layout, tensor_bytes, write_all
 
-JOURNAL = "journal.jsonl"
+# The report in an output: a folder with it is ours, and it lists the files that we put there.
+REPORT = "quantize.json"
+# Hidden, as side files never are.
+JOURNAL = ".quantize-journal"
+_START = b'{"fingerprint": "'
 _READ = 16 * 2**20
 
 
@@ -31,7 +37,7 @@ def partial_path(out: Path) -> Path:
 
 
 def check_target(out: Path, sources: Iterable[Path], overwrite: bool) -> None:
-    """Refuses an output path that exists, that is or holds an input, or that holds what no model folder holds.
+    """Refuses an output path that exists, that is or holds an input, or that holds anything that is not ours.
 
     Raises:
         UsageError: naming the path and the way out.
@@ -46,8 +52,55 @@ def check_target(out: Path, sources: Iterable[Path], overwrite: bool) -> None:
         return
     if not overwrite:
         raise UsageError(f"{out}: exists already", "say --overwrite, or choose another --out")
-    if out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file():
-        raise UsageError(f"{out}: holds no model, so it is not replaced", "choose another --out")
+    foreign = _foreign(out)
+    if foreign is not None:
+        raise UsageError(
+            f"{out}: holds {foreign}, which quantize did not write", "move it away, or choose another --out"
+        )
+
+
+def _foreign(out: Path) -> str | None:
+    """Returns something at `out` that no run of ours put there, or None."""
+    if not out.is_dir():
+        return "a file" if out.exists() else None
+    found = sorted(file.relative_to(out).as_posix() for file in out.rglob("*") if not file.is_dir())
+    try:
+        ours = {JOURNAL, *json.loads((out / REPORT).read_text(encoding="utf-8"))["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        ours = set()
+    return next((name for name in found if name not in ours), None)
+
+
+def tidy(out: Path) -> None:
+    """Removes what a run that was killed while it gave `out` its name left behind: its journal, the older output."""
+    journal = out / JOURNAL
+    if not journal.is_file():
+        return
+    for entry in _entries(journal.read_bytes()):
+        if "replaced" in entry:
+            _remove(out.with_name(entry["replaced"]))
+    journal.unlink()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _entries(content: bytes) -> list[dict[str, Any]]:
+    """Returns the whole lines of a journal up to the first that is none: a kill tears the last line."""
+    entries: list[dict[str, Any]] = []
+    for line in content.split(b"\n")[:-1]:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            break
+        if not isinstance(entry, dict):
+            break
+        entries.append(entry)
+    return entries
 
 
 class OutputFolder:
@@ -58,6 +111,11 @@ class OutputFolder:
         files: Arrays of each safetensors file, in order.
         fingerprint: Hash of everything that decides the bytes.
         restart: Whether to drop an unfinished run instead of continuing it.
+
+    Raises:
+        UsageError: `<out>.partial` is not ours, or another run is at work in it.
+        InputError: it is of a run with another fingerprint.
+        ResourceError: the disk is full; nothing is left behind then, but what an earlier run had done.
     """
 
     def __init__(self, out: Path, files: Mapping[str, tuple[Piece, ...]], fingerprint: str, restart: bool) -> None:
@@ -67,42 +125,38 @@ class OutputFolder:
         self._files = files
         self._where: dict[str, tuple[str, int, int]] = {}
         self._sums: dict[str, int] = {}
-        self._fresh: list[str] = []
-        self._fresh_records: list[str] = []
+        self._done: set[str] = set()
+        self._fresh: dict[str, None] = {}
+        self._fresh_records: dict[str, None] = {}
         self._open: dict[str, int] = {}
-        if restart and self.path.exists():
-            self._require_ours()
-            shutil.rmtree(self.path)
-        found = self._resume(fingerprint)
-        self._journal: TextIO | None = None
+        with self._system_errors():
+            self._journal = self._claim()
+        found = False
         try:
-            self._begin(None if found else fingerprint)
-        except BaseException:
+            with self._system_errors():
+                found = not restart and self._resume(fingerprint)
+                if not found:
+                    self._begin(fingerprint)
+                for name, pieces in files.items():
+                    self._lay_out(name, pieces)
+                self._drop_broken()
+        except ResourceError:
             self.close() if found else self.discard()
             raise
-        self._drop_broken()
-
-    def _begin(self, fingerprint: str | None) -> None:
-        """Makes the files and reserves their space; a new journal opens with the fingerprint."""
-        with self._system_errors():
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._journal = (self.path / JOURNAL).open("a", encoding="utf-8")
-            for name, pieces in self._files.items():
-                self._lay_out(name, pieces)
-            if fingerprint is not None:
-                self._note({"fingerprint": fingerprint})
-                self._sync_journal()
+        except BaseException:
+            self.close()
+            raise
 
     @staticmethod
     def reserved_bytes(out: Path) -> int:
         """Returns the bytes that an unfinished run of `out` holds on disk already."""
         folder = partial_path(out)
-        return sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else 0
+        return sum(f.stat().st_blocks * 512 for f in folder.glob("*.safetensors")) if folder.is_dir() else 0
 
     @property
-    def done(self) -> frozenset[str]:
+    def done(self) -> Set[str]:
         """Arrays that are safely on disk."""
-        return frozenset(self._sums) - frozenset(self._fresh)
+        return self._done
 
     def put(self, arrays: Mapping[str, Tensor]) -> None:
         """Writes whole arrays; they count as done after `commit`."""
@@ -111,35 +165,35 @@ class OutputFolder:
 
     def put_parts(self, name: str, parts: Iterable[Tensor]) -> None:
         """Writes one array given as consecutive runs of rows."""
-        file, offset, nbytes = self._where[name]
-        start, total = offset, 0
-        with self._system_errors():
-            for part in parts:
-                data = tensor_bytes(part)
-                total = zlib.crc32(data, total)
-                write_all(self._open[file], data, offset)
-                offset += len(data)
-        assert offset - start == nbytes, (name, offset - start, nbytes)
+        file, start, nbytes = self._where[name]
+        written = total = 0
+        for part in parts:
+            data = tensor_bytes(part)
+            assert written + len(data) <= nbytes, (name, written + len(data), nbytes)
+            total = zlib.crc32(data, total)
+            with self._system_errors():
+                write_all(self._open[file], data, start + written)
+            written += len(data)
+        assert written == nbytes, (name, written, nbytes)
         self._sums[name] = total
-        self._fresh.append(name)
+        self._fresh[name] = None
 
     def commit(self) -> None:
         """Makes what was put since the last commit survive a crash: data first, then the journal's word."""
         with self._system_errors():
             for file in {self._where[name][0] for name in self._fresh}:
-                os.fdatasync(self._open[file])
-            for name in self._fresh:
-                self._note({"done": name, "crc32": self._sums[name]})
-            for name in self._fresh_records:
-                self._note({"record": name, "value": self.records[name]})
-            self._sync_journal()
+                _sync_data(self._open[file])
+            # records first: an array that counts as done is not made again, nor is what was said of it
+            notes = [{"record": name, "value": self.records[name]} for name in self._fresh_records]
+            self._note(*notes, *({"done": name, "crc32": self._sums[name]} for name in self._fresh))
+        self._done |= self._fresh.keys()
         self._fresh.clear()
         self._fresh_records.clear()
 
     def record(self, name: str, value: Mapping[str, Any]) -> None:
         """Keeps what the report will say of a part; it is as durable as the arrays of the next `commit`."""
         self.records[name] = dict(value)
-        self._fresh_records.append(name)
+        self._fresh_records[name] = None
 
     def write_side_files(self, copied: Mapping[str, Path], written: Mapping[str, str]) -> None:
         """Puts the files that are no weights; `written` gives texts by name and wins over `copied`."""
@@ -174,78 +228,106 @@ class OutputFolder:
                 raise VerificationError(f"{self.path / file}: tensor '{name}' does not read back as written")
 
     def publish(self, overwrite: bool) -> None:
-        """Gives the folder its final name; an older one is replaced only now."""
+        """Gives the folder its final name; an older one is replaced only now.
+
+        Raises:
+            ResourceError: something else has taken the name, or the disk fails; the finished work stays.
+        """
         with self._system_errors():
-            for file in self.path.rglob("*"):
-                if file.is_file():
-                    with file.open("rb") as stream:
-                        os.fsync(stream.fileno())
-        self.close()
-        old = self.out.with_name(f"{self.out.name}.replaced")
-        if overwrite and self.out.exists():
-            self.out.rename(old)
-        self.path.rename(self.out)
+            for file in (*self.path.rglob("*"), self.path):
+                if file.is_file() or file.is_dir():
+                    _sync(file)
+        try:
+            if overwrite and (self.out.exists() or self.out.is_symlink()):
+                self._set_aside()
+            self.path.rename(self.out)
+            _sync(self.out.parent)
+        except OSError as error:
+            raise ResourceError(
+                f"{self.out}: {error.strerror or error}", "move away what is there, then repeat the command"
+            ) from error
         # Only now: a run that is killed before the rename must find its journal again.
-        (self.out / JOURNAL).unlink()
-        if old.is_dir() and not old.is_symlink():
-            shutil.rmtree(old)
-        elif old.exists():
-            old.unlink()
-        folder = os.open(self.out.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        tidy(self.out)
+        self.close()
 
     def close(self) -> None:
         """Closes all files; what is on disk stays."""
         for descriptor in self._open.values():
             os.close(descriptor)
         self._open.clear()
-        if self._journal is not None:
-            self._journal.close()
+        if self._journal >= 0:
+            os.close(self._journal)
+            self._journal = -1
 
     def discard(self) -> None:
         """Closes and removes the unfinished folder."""
-        self.close()
         shutil.rmtree(self.path, ignore_errors=True)
+        self.close()
 
-    def _require_ours(self) -> None:
-        if any(self.path.iterdir()) and not (self.path / JOURNAL).is_file():
-            raise UsageError(f"{self.path}: exists and is not ours", "move it away")
+    def _set_aside(self) -> None:
+        """Gives an older output another name, which the journal knows: the next run removes it if this one cannot."""
+        names = (f"{self.out.name}.replaced{suffix}" for suffix in ("", *(f"-{n}" for n in range(2, 1000))))
+        old = next(path for name in names if not (path := self.out.with_name(name)).exists())
+        self._note({"replaced": old.name})
+        self.out.rename(old)
+
+    def _claim(self) -> int:
+        """Opens the journal of `<out>.partial`, which must be ours, and locks it against other runs."""
+        journal = self.path / JOURNAL
+        if self.path.exists() and not self.path.is_dir():
+            raise UsageError(f"{self.path}: is no folder", "move it away")
+        if self.path.exists() and any(self.path.iterdir()):
+            content = journal.read_bytes()[: len(_START)] if journal.is_file() else None
+            if content is None or not _START.startswith(content):
+                raise UsageError(f"{self.path}: exists and is not ours", "move it away")
+        self.path.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(journal, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise UsageError(
+                f"{self.path}: another run is at work there", "wait for it, or choose another --out"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        return descriptor
+
+    def _begin(self, fingerprint: str) -> None:
+        """Drops what an unfinished run has left and opens a new journal."""
+        for entry in self.path.iterdir():
+            if entry.name != JOURNAL:
+                _remove(entry)
+        self.records.clear()
+        self._sums.clear()
+        os.ftruncate(self._journal, 0)
+        self._note({"fingerprint": fingerprint})
 
     def _resume(self, fingerprint: str) -> bool:
         """Reads the journal of an unfinished run; returns whether there is one to continue."""
-        if not self.path.exists():
+        content = (self.path / JOURNAL).read_bytes()
+        entries = _entries(content)
+        lines = content.split(b"\n")
+        os.ftruncate(self._journal, sum(len(line) + 1 for line in lines[: len(entries)]))
+        if not entries:
             return False
-        self._require_ours()
-        journal = self.path / JOURNAL
-        if not journal.is_file():
-            return False
-        lines = journal.read_bytes().split(b"\n")
-        if lines[-1]:  # killed while writing the last line
-            whole = len(b"\n".join(lines[:-1])) + (len(lines) > 1)
-            os.truncate(journal, whole)
-        found = False
-        for line in lines[:-1]:
-            entry = json.loads(line)
-            if "fingerprint" in entry:
-                found = True
-                if entry["fingerprint"] != fingerprint:
-                    raise InputError(
-                        f"{self.path}: an unfinished run with other settings, text or model",
-                        "say --restart to drop it",
-                    )
-            elif "record" in entry:
+        if entries[0].get("fingerprint") != fingerprint:
+            raise InputError(
+                f"{self.path}: an unfinished run with other settings, text or model", "say --restart to drop it"
+            )
+        for entry in entries[1:]:
+            if "record" in entry:
                 self.records[entry["record"]] = entry["value"]
-            else:
+            elif "done" in entry:
                 self._sums[entry["done"]] = entry["crc32"]
-        return found
+        return True
 
     def _lay_out(self, name: str, pieces: tuple[Piece, ...]) -> None:
         """Writes the header and reserves the space of all arrays, so that a full disk shows now."""
         header, offsets, size = layout(pieces, {"format": "pt"})
         descriptor = os.open(self.path / name, os.O_RDWR | os.O_CREAT, 0o644)
         self._open[name] = descriptor
-        os.posix_fallocate(descriptor, 0, size)
+        _reserve(descriptor, size)
         write_all(descriptor, header, 0)
         for piece in pieces:
             self._where[piece.name] = (name, offsets[piece.name], piece.nbytes)
@@ -256,6 +338,7 @@ class OutputFolder:
             where = self._where.get(name)
             if where is None or self._checksum(*where) != crc:
                 del self._sums[name]
+        self._done |= self._sums.keys()
 
     def _checksum(self, file: str, offset: int, nbytes: int) -> int:
         total, done = 0, 0
@@ -267,14 +350,10 @@ class OutputFolder:
             done += len(data)
         return total
 
-    def _note(self, entry: Mapping[str, object]) -> None:
-        assert self._journal is not None
-        self._journal.write(json.dumps(entry) + "\n")
-
-    def _sync_journal(self) -> None:
-        assert self._journal is not None
-        self._journal.flush()
-        os.fsync(self._journal.fileno())
+    def _note(self, *entries: Mapping[str, object]) -> None:
+        """Adds lines to the journal and waits until they are on disk."""
+        _append(self._journal, "".join(json.dumps(entry) + "\n" for entry in entries).encode())
+        os.fsync(self._journal)
 
     @contextmanager
     def _system_errors(self) -> Iterator[None]:
@@ -283,4 +362,37 @@ class OutputFolder:
         except OSError as error:
             if full := resource_error(error):
                 raise ResourceError(f"{self.path}: {error.strerror or error}", full.hint) from error
-            raise InputError(f"{self.path}: {error.strerror or error}", "choose another --out") from error
+            where = error.filename or self.path
+            raise InputError(f"{where}: {error.strerror or error}", "choose another --out") from error
+
+
+def _append(descriptor: int, data: bytes) -> None:
+    """Appends all of `data` to a file opened for appending."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Gives a file its size and, where the file system can, its space."""
+    os.ftruncate(descriptor, size)
+    if hasattr(os, "posix_fallocate"):  # not on macOS
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+
+
+def _sync_data(descriptor: int) -> None:
+    getattr(os, "fdatasync", os.fsync)(descriptor)
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file, or the list of names in a folder, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with suppress(PermissionError):  # some systems refuse it for folders
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
