@@ -6,20 +6,14 @@ that number, results taken in chunk order and one torch thread a chunk give the 
 
 from __future__ import annotations
 
-import ctypes
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache
 from itertools import islice
 from typing import TypeVar
 
 import torch
-
-# malloc.h
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -30,22 +24,9 @@ def default_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-@cache
-def share_heap() -> None:
-    """Makes glibc serve all threads from one heap, and keep blocks up to 32 MiB there instead of mapping them anew.
-
-    By default every thread gets a heap of its own that keeps what was freed: 17 batches of a 135M model then held
-    1.7 GB instead of 0.8, and fresh mappings took a sixth of the time. Process-wide; without effect elsewhere.
-    """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        for parameter, value in ((_M_ARENA_MAX, 1), (_M_MMAP_THRESHOLD, 2**25 - 1), (_M_TRIM_THRESHOLD, 2**30)):
-            libc.mallopt(parameter, value)
-
-
 @contextmanager
 def one_torch_thread() -> Iterator[None]:
     """Runs torch with one thread inside, and restores the caller's number afterwards."""
-    share_heap()
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
