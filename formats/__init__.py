@@ -44,4 +44,6 @@ def find(path: Path) -> Format:
     for candidate in table().values():
         if candidate.sniff(path):
             return candidate
+    if path.suffix == ".safetensors":
+        raise InputError(f"{path}: one file of weights, no model", f"name its folder: {path.parent}")
     raise InputError(f"{path}: no model that can be read", "name a folder with config.json and safetensors, or a .gguf")

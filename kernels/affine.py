@@ -54,14 +54,14 @@ def grid(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor,
 
 def round_to_codes(weight: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
     """Returns the nearest code of each weight, float32 whole numbers `[rows, cols]` in `0 .. 2**bits - 1`."""
-    groups = weight.reshape(*scales.shape, -1)
+    groups = weight.reshape(*scales.shape, weight.shape[-1] // scales.shape[-1])
     codes = (groups / scales.unsqueeze(-1)).round_().add_(zeros.unsqueeze(-1)).clamp_(0, 2**bits - 1)
     return codes.reshape(weight.shape)
 
 
 def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     """Returns `(codes - zeros) * scales` as float32 `[rows, cols]`; scales and zeros are `[rows, groups]`."""
-    groups = codes.reshape(*scales.shape, -1)
+    groups = codes.reshape(*scales.shape, codes.shape[-1] // scales.shape[-1])
     return (groups - zeros.float().unsqueeze(-1)).mul_(scales.float().unsqueeze(-1)).reshape(codes.shape)
 
 

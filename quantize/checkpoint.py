@@ -15,15 +15,18 @@ from quantize.formats.base import Checkpoint
 from quantize.rewrites import merge_adapters
 from quantize.schemes import Plain
 
-_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "*.md", "LICENSE*",
-             "additional_chat_templates/*"]  # fmt: skip
+# What is not downloaded: the same weights in other forms, and folders of other exports.
+_IGNORED = ["*.bin", "*.pth", "*.pt", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.npz", "*.onnx*", "*.ot", "*.tflite",
+            "*.zip", "*.tar*", "*.mlpackage/*", "consolidated*", "original/*", "onnx/*", "openvino/*"]  # fmt: skip
+_HUB = "hub:"
 
 
 def open_checkpoint(model: str | Path | None, adapters: tuple[str, ...] = ()) -> Checkpoint:
     """Returns the checkpoint that `model` names, with adapters merged on read.
 
     Args:
-        model: A folder, a .gguf file, or a hub id `OWNER/NAME[@REVISION]`; None for the current folder.
+        model: A folder, a .gguf file, or a hub id `OWNER/NAME[@REVISION]`; `hub:` before it makes it one even if there
+            is such a folder. None for the current folder.
         adapters: LoRA folders, `DIR` or `DIR:SCALE`.
 
     Raises:
@@ -49,10 +52,15 @@ def locate(model: str | Path | None) -> Path:
             "no model named, and the current folder holds none",
             "name a folder, a .gguf file or a hub id: quantize run MODEL --method awq --bits 4",
         )
-    path = Path(model).expanduser()
+    text = str(model)
+    if text.startswith(_HUB):
+        return _download(text.removeprefix(_HUB))
+    try:
+        path = Path(model).expanduser()
+    except RuntimeError as error:  # ~nobody
+        raise InputError(f"{text}: no such file or folder") from error
     if path.exists():
         return path
-    text = str(model)
     if path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1 or not text.strip("/"):
         raise InputError(f"{text}: no such file or folder")
     return _download(text)
@@ -72,7 +80,7 @@ def _download(name: str) -> Path:
 
     repository, _, revision = name.partition("@")
     try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=_PATTERNS))
+        return Path(snapshot_download(repository, revision=revision or None, ignore_patterns=_IGNORED))
     except GatedRepoError as error:
         raise InputError(
             f"{name}: gated on the hub", "accept its terms there, then set HF_TOKEN or run 'hf auth login'"
@@ -84,7 +92,11 @@ def _download(name: str) -> Path:
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise InputError(f"{name}: no such path, and not in the hub cache while the hub is out of reach") from error
     except (HfHubHTTPError, OSError) as error:
-        raise InputError(f"{name}: the hub did not deliver it: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{name}: the hub did not deliver it: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def is_quantized(checkpoint: Checkpoint) -> bool:

@@ -14,7 +14,8 @@ QuantizeError                1   unexpected
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -93,6 +94,17 @@ def resource_error(error: BaseException) -> ResourceError | None:
             "out of memory", "try fewer --threads, a smaller --activation-budget or fewer --calib-samples"
         )
     return None
+
+
+@contextmanager
+def system_errors(path: object, hint: str) -> Iterator[None]:
+    """A context in which the system's errors become ours, naming their own file or else `path`."""
+    try:
+        yield
+    except OSError as error:
+        full = resource_error(error)
+        kind, way_out = (ResourceError, full.hint) if full else (InputError, hint)
+        raise kind(f"{error.filename or path}: {error.strerror or error}", way_out) from error
 
 
 def unknown_name(kind: str, name: str, choices: Iterable[str]) -> UsageError:

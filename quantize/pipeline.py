@@ -294,7 +294,8 @@ class Job:
                 )
             )
             if statistics is not None:
-                stack.enter_context(statistics.recording(identity["model"], text.sha256))
+                matrices = (name for path in self.skeleton.blocks for name in self.skeleton.stored_names(path))
+                stack.enter_context(statistics.recording(identity["model"], text.sha256, matrices))
             known: Known = {}
             for stage in sweep.stages():
                 if stage.path in todo or (statistics is not None and stage.path in blocks):

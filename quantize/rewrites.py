@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -15,9 +16,21 @@ from torch import Tensor
 from quantize.errors import InputError
 from quantize.formats.base import Checkpoint, TensorInfo
 from quantize.formats.container import Extent, read_header, read_rows
-from quantize.schemes import Plain, QuantizedTensor
+from quantize.formats.folder import read_json
+from quantize.schemes import Plain, QuantizedTensor, Shape
 
 _PREFIX = "base_model.model."
+# The name of an adapter may follow.
+_HALF = re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])(\.\w+)?\.weight")
+_SAVED = re.compile(r"\.modules_to_save(\.default)?(?=\.)")
+_UNSUPPORTED = (
+    "use_dora",
+    "lora_bias",
+    "alpha_pattern",
+    "rank_pattern",
+    "trainable_token_indices",
+    "target_parameters",
+)
 
 
 class Adapter:
@@ -32,35 +45,49 @@ class Adapter:
     """
 
     def __init__(self, path: Path, scale: float = 1.0) -> None:
-        try:
-            config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: no LoRA adapter: adapter_config.json cannot be read") from error
+        if not (path / "adapter_config.json").is_file():
+            raise InputError(f"{path}: no LoRA adapter: it holds no adapter_config.json", "name the adapter's folder")
+        config = read_json(path / "adapter_config.json")
         kind = config.get("peft_type", "LORA")
-        unsupported = [key for key in ("use_dora", "alpha_pattern", "rank_pattern") if config.get(key)]
+        unsupported = [key for key in _UNSUPPORTED if config.get(key)]
         if kind != "LORA" or unsupported or config.get("bias", "none") != "none":
             what = ", ".join(unsupported) or (kind if kind != "LORA" else "trained biases")
             raise InputError(f"{path}: an adapter with {what} cannot be merged", "merge it with peft first")
-        rank = config.get("r") or 0
-        root = rank**0.5 if config.get("use_rslora") else rank
+        rank, alpha = config.get("r"), config.get("lora_alpha", 8)
+        if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
+            raise InputError(f"{path}: its adapter_config.json gives rank {rank} and lora_alpha {alpha}")
         self.path = path
-        self.scale = scale * config.get("lora_alpha", rank) / root if root else 0.0
+        self.scale = scale * alpha / (rank**0.5 if config.get("use_rslora") else rank)
         self.transpose = bool(config.get("fan_in_fan_out"))
         self.pairs: dict[str, tuple[Extent, Extent]] = {}
         self.replaced: dict[str, Extent] = {}
+        self._take(read_header(path / "adapter_model.safetensors")[0])
+
+    def _take(self, stored: Mapping[str, Extent]) -> None:
+        """Sorts what is stored into pairs `A`, `B` and whole tensors."""
         halves: dict[str, dict[str, Extent]] = {}
-        for name, extent in read_header(path / "adapter_model.safetensors")[0].items():
+        for name, extent in stored.items():
             target = name.removeprefix(_PREFIX)
-            for half in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"):
-                if f".{half}" in target:
-                    halves.setdefault(target.split(f".{half}")[0] + ".weight", {})[half] = extent
-                    break
+            if match := _HALF.fullmatch(target):
+                halves.setdefault(f"{match['module']}.weight", {})[match["half"]] = extent
+            elif "lora_" in target:
+                raise InputError(f"{self.path}: '{name}' is no part of a plain LoRA", "merge it with peft first")
             else:
-                self.replaced[target.replace(".modules_to_save", "")] = extent
+                self.replaced[_SAVED.sub("", target)] = extent
         for target, found in halves.items():
-            if set(found) != {"lora_A", "lora_B"}:
-                raise InputError(f"{path}: '{target}' has {', '.join(sorted(found))} only", "merge it with peft first")
-            self.pairs[target] = (found["lora_A"], found["lora_B"])
+            if set(found) != {"A", "B"}:
+                raise InputError(f"{self.path}: '{target}' has lora_{''.join(found)} only", "download it again")
+            a, b = found["A"], found["B"]
+            if not len(a.shape) == len(b.shape) == 2 or a.shape[0] != b.shape[1]:
+                raise InputError(f"{self.path}: '{target}' has lora_A {list(a.shape)} and lora_B {list(b.shape)}")
+            self.pairs[target] = (a, b)
+
+    def shape(self, name: str) -> Shape:
+        """Returns the shape that a tensor must have for what is done to it."""
+        if name in self.replaced:
+            return self.replaced[name].shape
+        a, b = self.pairs[name]
+        return (a.shape[1], b.shape[0]) if self.transpose else (b.shape[0], a.shape[1])
 
     def apply(self, name: str, value: Tensor, start: int, stop: int | None) -> Tensor:
         """Returns rows `start` to `stop` of a tensor with the adapter added, float32 where it changes them."""
@@ -80,16 +107,18 @@ class MergedCheckpoint:
         self._base = base
         self._adapters = adapters
         for adapter in adapters:
-            lost = [n for n in (*adapter.pairs, *adapter.replaced) if n not in base.tensors]
-            if lost:
-                raise InputError(
-                    f"{adapter.path}: changes '{lost[0]}', which {base.path} does not have",
-                    "is it an adapter of this model?",
-                )
-            for name, (a, b) in adapter.pairs.items():
-                shape = (b.shape[0], a.shape[-1])
-                if (shape[::-1] if adapter.transpose else shape) != base.tensors[name].shape:
-                    raise InputError(f"{adapter.path}: '{name}' has another shape in {base.path}")
+            for name in (*adapter.pairs, *adapter.replaced):
+                if name not in base.tensors:
+                    raise InputError(
+                        f"{adapter.path}: changes '{name}', which {base.path} does not have",
+                        "is it an adapter of this model?",
+                    )
+                wanted, found = adapter.shape(name), base.tensors[name].shape
+                if wanted != found:
+                    raise InputError(
+                        f"{adapter.path}: '{name}' is for shape {list(wanted)}, in {base.path} it is {list(found)}",
+                        "is it an adapter of this model?",
+                    )
 
     @property
     def path(self) -> Path:
@@ -160,14 +189,18 @@ def merge_adapters(base: Checkpoint, adapters: tuple[str, ...]) -> Checkpoint:
     Raises:
         InputError: an adapter is broken or belongs to another model.
     """
-    loaded = []
-    for text in adapters:
-        folder, scale = text, 1.0
-        head, colon, tail = text.rpartition(":")
-        if colon and not Path(text).exists():
-            try:
-                folder, scale = head, float(tail)
-            except ValueError:
-                raise InputError(f"{text}: no such adapter folder", "write DIR or DIR:SCALE") from None
-        loaded.append(Adapter(Path(folder).expanduser(), scale))
-    return MergedCheckpoint(base, loaded)
+    return MergedCheckpoint(base, [Adapter(*_folder_and_scale(text)) for text in adapters])
+
+
+def _folder_and_scale(text: str) -> tuple[Path, float]:
+    head, colon, tail = text.rpartition(":")
+    whole = Path(text).expanduser()
+    if whole.exists() or not colon:
+        return whole, 1.0
+    try:
+        scale = float(tail)
+    except ValueError:
+        scale = math.nan
+    if not math.isfinite(scale):
+        raise InputError(f"{text}: no such adapter folder, and '{tail}' is no scale", "write DIR or DIR:SCALE")
+    return Path(head).expanduser(), scale

@@ -12,14 +12,14 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Set
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping, Set
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from quantize.errors import InputError, ResourceError, UsageError, VerificationError, resource_error
+from quantize.errors import InputError, ResourceError, UsageError, VerificationError, system_errors
 from quantize.formats.base import Piece
 from quantize.formats.container import layout, tensor_bytes, write_all
 
@@ -355,15 +355,8 @@ class OutputFolder:
         _append(self._journal, "".join(json.dumps(entry) + "\n" for entry in entries).encode())
         os.fsync(self._journal)
 
-    @contextmanager
-    def _system_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            if full := resource_error(error):
-                raise ResourceError(f"{self.path}: {error.strerror or error}", full.hint) from error
-            where = error.filename or self.path
-            raise InputError(f"{where}: {error.strerror or error}", "choose another --out") from error
+    def _system_errors(self) -> AbstractContextManager[None]:
+        return system_errors(self.path, "choose another --out")
 
 
 def _append(descriptor: int, data: bytes) -> None:

@@ -97,9 +97,10 @@ def write(
 ) -> Path:
     """Writes a model folder; more than one shard gets an index."""
     folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.clone() for name, value in tensors.items()}
     (folder / "config.json").write_text(json.dumps(dict(config), indent=1), encoding="utf-8")
     if shards == 1:
-        save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     else:
         names, table = list(tensors), {}
         for shard in range(shards):
