@@ -27,7 +27,7 @@ demo: $(VENV)/.ready
 	$(BIN)/quantize convert $(DEMO)/SmolLM2-135M-Instruct.Q4_1.gguf --format hf --out $(DEMO)/SmolLM2-135M --overwrite
 	$(BIN)/quantize run $(DEMO)/SmolLM2-135M --method rtn --bits 4 --eval default --out $(DEMO)/SmolLM2-135M-RTN-Int4 --overwrite
 	$(BIN)/quantize run $(DEMO)/SmolLM2-135M --method awq --bits 4 --out $(DEMO)/SmolLM2-135M-AWQ --overwrite
-	$(BIN)/python benchmarks/demo_table.py $(DEMO)/SmolLM2-135M-RTN-Int4 $(DEMO)/SmolLM2-135M-AWQ
+	$(BIN)/python benchmarks/demo_table.py $(DEMO)/SmolLM2-135M $(DEMO)/SmolLM2-135M-RTN-Int4 $(DEMO)/SmolLM2-135M-AWQ
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -q -m "not slow and not peer"

@@ -1,6 +1,6 @@
 """Prints base and quantized models side by side, from the reports that `quantize run` left in their folders.
 
-usage: demo_table.py FOLDER [FOLDER ...]    each made from the same base with --eval
+usage: demo_table.py BASE FOLDER [FOLDER ...]    the folders made from BASE with --eval
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 
-def main(folders: list[str]) -> None:
+def main(origin: str, folders: list[str]) -> None:
     reports = [json.loads((Path(folder) / "quantize.json").read_text(encoding="utf-8")) for folder in folders]
     first = reports[0]
     protocol = first["quality"]["protocol"]
@@ -22,7 +22,7 @@ def main(folders: list[str]) -> None:
         table.add_column(column, justify="left" if column == "model" else "right")
     base, weights = first["quality"]["base"], first["figures"]["source_bytes"]
     bits = first["figures"]["bits_per_weight"] * weights / first["figures"]["output_bytes"]
-    table.add_row(_base_name(first), f"{weights / 1e6:.1f}", f"{bits:.2f}", f"{base['perplexity']:.3f}", "0", "100 %")
+    table.add_row(_base_name(Path(origin)), f"{weights / 1e6:.1f}", f"{bits:.2f}", f"{base['perplexity']:.3f}", "0", "100 %")
     for folder, report in zip(folders, reports, strict=True):
         quality, figures = report["quality"], report["figures"]
         table.add_row(
@@ -36,15 +36,14 @@ def main(folders: list[str]) -> None:
     Console(width=120).print(table)
 
 
-def _base_name(report: dict[str, str]) -> str:
+def _base_name(origin: Path) -> str:
     """Says what the base is: a folder that was itself made from a quantized file tells so in its own report."""
-    origin = Path(report["source"]) / "quantize.json"
-    name = Path(report["source"]).name
-    if origin.is_file():
-        made_from = json.loads(origin.read_text(encoding="utf-8"))["base"]
-        return f"{name} ({made_from})"
-    return name
+    report = origin / "quantize.json"
+    if not report.is_file():
+        return origin.name
+    made_from = str(json.loads(report.read_text(encoding="utf-8"))["base"])
+    return f"{origin.name} ({made_from.rpartition(', ')[2]})"
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(sys.argv[1], sys.argv[2:])

@@ -179,6 +179,14 @@ class Job:
         """The plan's entries by name."""
         return {entry.name: entry for entry in self.plan.entries}
 
+    def _base_name(self) -> str:
+        """Returns what figures compare with; a quantized source is compared with what it reads back as."""
+        bits: dict[str, int] = {}
+        for info in self.checkpoint.tensors.values():
+            if not isinstance(info.scheme, Plain):
+                bits[str(info.scheme)] = bits.get(str(info.scheme), 0) + info.nbytes
+        return f"{self.source}, dequantized from {max(bits, key=bits.__getitem__).upper()}" if bits else self.source
+
     @property
     def _calibrates(self) -> bool:
         return self.method is not None and self.method.calibrates
@@ -206,7 +214,7 @@ class Job:
         report = Report(
             out=self.out,
             source=self.source,
-            base=f"dequantized {self.source}" if is_quantized(self.checkpoint) else self.source,
+            base=self._base_name(),
             method=self.method.name if self.method else None,
             format=self.target.name,
             settings=self._recorded_settings(text),

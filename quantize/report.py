@@ -19,7 +19,7 @@ class Report:
     Attributes:
         out: The output folder.
         source: The model as the user named it.
-        base: What the figures compare with: the source, or "dequantized SOURCE".
+        base: What the figures compare with: the source, or "SOURCE, dequantized from TYPE".
         method: Name of the method, or None for a conversion.
         format: Name of the format.
         settings: What decides the bytes: scheme, recipe, seed, calibration.

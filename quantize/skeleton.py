@@ -100,9 +100,11 @@ class Skeleton:
             read: Gives a stored tensor by name.
         """
         values: dict[str, Tensor] = {}
+        sources = {self.tied[name] for name in self.tied if wanted(name)}
         for conversion in self.conversions.values():
-            if any(map(wanted, conversion.outputs)):
+            if any(wanted(name) or name in sources for name in conversion.outputs):
                 values |= convert(conversion, read, self.model)
+        values |= {name: values[source] for name, source in self.tied.items() if source in values}
         return {name: value for name, value in values.items() if wanted(name)}
 
     def put(self, values: Mapping[str, Tensor]) -> None:
@@ -265,9 +267,9 @@ def quiet_transformers() -> Iterator[None]:
 def _build(checkpoint: Checkpoint, assume_tied: bool) -> Any:
     """Returns the model on the meta device, its buffers real and initialised."""
     import transformers
-    from transformers import CONFIG_MAPPING
+    from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-    values = dict(checkpoint.config)
+    values = PreTrainedConfig._decode_special_floats(dict(checkpoint.config))
     if assume_tied:
         values["tie_word_embeddings"] = True
     kind = values.pop("model_type", None)

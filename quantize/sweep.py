@@ -41,6 +41,7 @@ _STACK = 2 * 2**20
 # Smaller tensors are not worth a file.
 _SPILL_MIN = 2**20
 _HEAD_ROWS = 8192
+_MATMULS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm)
 
 Observe = Callable[["Site", Tensor], None]
 
@@ -83,14 +84,15 @@ class _Watcher(TorchFunctionMode):
         self._used = used
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is nn.functional.linear:
-            weight = args[1] if len(args) > 1 else (kwargs or {})["weight"]
+        if func is nn.functional.linear or func in _MATMULS:
+            inputs, weight = (*args, *(kwargs or {}).values())[:2]
+            weight = weight if func is nn.functional.linear else weight.mT
             known = self._parameters.get(weight.untyped_storage().data_ptr())
             # a transposed or cut view is no map whose input has the columns of the parameter
             if known is not None and weight.is_contiguous() and weight.shape == known[1].shape[-2:]:
                 name, whole = known
                 index = -1 if whole.dim() < 3 else weight.storage_offset() // whole.stride(0)
-                self._observe(Site((name, index)), args[0] if args else kwargs["input"])
+                self._observe(Site((name, index)), inputs)
         if self._used is not None and getattr(func, "__name__", "") != "__get__":
             self._used.update(
                 self._parameters[key][0]
@@ -108,14 +110,19 @@ class _Paging(TorchFunctionMode):
         self._sweep = sweep
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (nn.functional.embedding, nn.functional.linear) and len(args) > 1:
-            name = self._sweep.paged.get(id(args[1]))
-            if name is not None and func is nn.functional.embedding:
-                return self._sweep.look_up(name, args[0])
-            if name is not None:
-                bias = args[2] if len(args) > 2 else (kwargs or {}).get("bias")
-                return self._sweep.run_head(name, args[0], bias)
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        paged = self._sweep.paged
+        stands_in = [id(value) for value in args if id(value) in paged]
+        if not stands_in:
+            return func(*args, **kwargs)
+        name, _ = paged[stands_in[0]]
+        if func is nn.functional.embedding:
+            return self._sweep.look_up(name, args[0])
+        if func is nn.functional.linear:
+            return self._sweep.run_head(name, args[0], args[2] if len(args) > 2 else kwargs.get("bias"))
+        if getattr(func, "__name__", "") == "__get__" and not isinstance(result := func(*args, **kwargs), Tensor):
+            return result  # its device, its shape
+        return func(*(self._sweep.whole(value) for value in args), **kwargs)
 
 
 class _Batch(threading.Thread):
@@ -190,8 +197,8 @@ class Stage:
         values = ChainMap(dict(changed), self.weights)
         outputs = {output for name in stale for output in skeleton.conversion_of[name].outputs}
         for name in outputs & set(self._loaded):
-            _set(skeleton.model, name, torch.empty(0))  # freed before its successor is made
-            del self._loaded[name]
+            # freed before its successor is made
+            _set(skeleton.model, name, torch.empty_like(self._loaded.pop(name), device="meta"))
         loaded = skeleton.fill(lambda name: name in outputs and self._owns(name), values.__getitem__)
         for name, value in loaded.items():
             _set(skeleton.model, name, value)
@@ -287,7 +294,7 @@ class Sweep:
         self.abandoned = False
         self.originals: dict[str, Callable[..., Any]] = {}
         self.observers: dict[str, Any] = {}
-        self.paged: dict[int, str] = {}
+        self.paged: dict[int, tuple[str, nn.Module]] = {}
         self._checkpoint = checkpoint
         self._threads = max(1, threads)
         self._keep = keep
@@ -383,6 +390,16 @@ class Sweep:
         values = torch.cat([self._checkpoint.read(name, row, row + 1) for row in rows.tolist()])
         return values.float()[compact]
 
+    def whole(self, value: Any) -> Any:
+        """Returns a value as it is, or the matrix that it stands in for, which stays in memory from then on."""
+        with self._lock:
+            name, module = self.paged.pop(id(value), ("", None))
+            if module is not None:
+                module._parameters["weight"] = nn.Parameter(self.read(name), requires_grad=False)
+                self._spill.never(module._parameters["weight"])
+                return module._parameters["weight"]
+        return value
+
     def run_head(self, name: str, hidden: Tensor, bias: Tensor | None) -> Tensor:
         """Multiplies by the stored head a run of vocabulary rows at a time, for the kept positions only."""
         batch = threading.current_thread()
@@ -429,7 +446,7 @@ class Sweep:
         stand_in = nn.Parameter(torch.full((1,), torch.nan).expand(weight.shape), requires_grad=False)
         module._parameters["weight"] = stand_in
         self._undo.callback(module._parameters.__setitem__, "weight", weight)
-        self.paged[id(stand_in)] = name
+        self.paged[id(stand_in)] = (name, module)
 
     def _enter_block(self, path: str, *args: Any, **kwargs: Any) -> Any:
         batch = threading.current_thread()

@@ -179,10 +179,15 @@ def _candidates(stage: Stage, skeleton: Skeleton, widths: set[int]) -> Iterator[
     yield from sorted(found, key=lambda item: (stage.weights[item[0][0]].dim(), item[1].start > 0))
 
 
+def _stated(stage: Stage, attribute: str) -> set[int]:
+    """Returns the numbers that modules of the block state under a name."""
+    values = {getattr(module, attribute, None) for module in stage.module.modules()}
+    return {value for value in values if isinstance(value, int) and value > 0}
+
+
 def _head_repeats(stage: Stage) -> set[int]:
     """Returns how many query heads can share a key-value head: 1, and what the attention modules say."""
-    stated = {getattr(module, "num_key_value_groups", 1) for module in stage.module.modules()}
-    return {1} | {repeat for repeat in stated if isinstance(repeat, int) and repeat > 1}
+    return {1} | _stated(stage, "num_key_value_groups")
 
 
 def _folds(stage: Stage, inputs: Mapping[Site, Input], base: Trial, skeleton: Skeleton) -> dict[Site, Fold]:
@@ -204,7 +209,7 @@ def _folds(stage: Stage, inputs: Mapping[Site, Input], base: Trial, skeleton: Sk
             new: dict[Site, Fold] = {}
             for site, x in before.items():
                 if site not in found and site not in fed and not set(names) & set(inputs[site].consumers):
-                    fold = _explains(draft, factors, x, after.get(site), _head_repeats(stage), skeleton)
+                    fold = _explains(draft, factors, x, after.get(site), stage)
                     if fold is not None and len(names) > 1:  # each expert's own producer is its neighbour in the stack
                         fold = replace(fold, producer=names[site[1]]) if 0 <= site[1] < len(names) else None
                     if fold is not None:
@@ -236,17 +241,15 @@ def _scaled(
     return changed
 
 
-def _explains(
-    draft: Fold, factors: Tensor, before: Tensor, after: Tensor | None, repeats: set[int], skeleton: Skeleton
-) -> Fold | None:
+def _explains(draft: Fold, factors: Tensor, before: Tensor, after: Tensor | None, stage: Stage) -> Fold | None:
     """Returns the fold under which `after` is `before` with its channels scaled by `factors`, or None."""
     width, rows = before.shape[-1], len(factors)
-    if after is None or after.shape != before.shape or width % rows or width // rows not in repeats:
+    if after is None or after.shape != before.shape or width % rows or width // rows not in _head_repeats(stage):
         return None
     x, y = _rows(before), _rows(after)
     repeat = width // rows
-    head = getattr(skeleton.model.config.get_text_config(), "head_dim", None)
-    runs = [rows] if repeat == 1 else [d for d in (head, *range(rows, 0, -1)) if d and rows % d == 0]
+    heads = (*_stated(stage, "head_dim"), *range(rows, 0, -1))
+    runs = [rows] if repeat == 1 else [size for size in heads if rows % size == 0]
     norm = x.norm(dim=0)
     if torch.equal(x, y):
         return None
