@@ -107,7 +107,7 @@ def is_quantized(checkpoint: Checkpoint) -> bool:
 def fingerprint(checkpoint: Checkpoint) -> str:
     """Returns a hash of the config, the headers and a row of every tensor: enough to tell two models apart."""
     digest = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True, default=str).encode())
-    for info in checkpoint.tensors.values():
+    for _, info in sorted(checkpoint.tensors.items()):
         digest.update(f"{info.name} {info.shape} {info.scheme}\n".encode())
         sample = checkpoint.read(info.name, 0, 1) if info.shape else checkpoint.read(info.name)
         digest.update(sample.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
