@@ -22,7 +22,8 @@ def main(origin: str, folders: list[str]) -> None:
         table.add_column(column, justify="left" if column == "model" else "right")
     base, weights = first["quality"]["base"], first["figures"]["source_bytes"]
     bits = first["figures"]["bits_per_weight"] * weights / first["figures"]["output_bytes"]
-    table.add_row(_base_name(Path(origin)), f"{weights / 1e6:.1f}", f"{bits:.2f}", f"{base['perplexity']:.3f}", "0", "100 %")
+    size = f"{weights / 1e6:.1f}"
+    table.add_row(_base_name(Path(origin)), size, f"{bits:.2f}", f"{base['perplexity']:.3f}", "0", "100 %")
     for folder, report in zip(folders, reports, strict=True):
         quality, figures = report["quality"], report["figures"]
         table.add_row(
