@@ -74,7 +74,7 @@ def sample_rows(
             progress("sampling text", min(begin + _ROWS, rows), rows)
         return torch.cat(parts)
     finally:
-        skeleton.put({name: torch.empty_like(p, device="meta") for name, p in names.items()})
+        skeleton.put(names)
 
 
 def _continue(model: Any, ids: Tensor, length: int, generator: torch.Generator) -> Tensor:

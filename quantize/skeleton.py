@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -55,10 +55,10 @@ class Conversion:
 
 
 class Skeleton:
-    """A transformers model on the meta device and its links to the tensors of a checkpoint.
+    """A transformers model without weights and its links to the tensors of a checkpoint.
 
     Attributes:
-        model: The module tree; parameters are on the meta device, buffers are real.
+        model: The module tree; parameters only have shapes, buffers are real.
         blocks: Module paths of the repeated blocks, in definition order.
         conversions: How stored tensors become parameters, by first parameter name.
         unused: Stored tensors that no parameter takes (multi-token-prediction heads and the like).
@@ -168,6 +168,11 @@ class Skeleton:
         """The conversion that each parameter comes from."""
         return {output: conversion for conversion in self.conversions.values() for output in conversion.outputs}
 
+    @cached_property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of all parameters and buffers that stored tensors fill, ties included."""
+        return (*self.source_of, *(alias for alias, source in self.tied.items() if source in self.source_of))
+
     def whole(self, parameter: str) -> str | None:
         """Returns the stored tensor that is this parameter unchanged, following ties; None if there is none."""
         parameter = parameter if parameter in self.source_of else self.tied.get(parameter, parameter)
@@ -250,6 +255,11 @@ def convert(conversion: Conversion, read: Callable[[str], Tensor], model: nn.Mod
     return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
 
+def stand_in(shape: Sequence[int]) -> Tensor:
+    """Returns a tensor of a shape that takes no memory: NaN throughout, so that using what is not loaded shows."""
+    return torch.full((), torch.nan).expand(shape)
+
+
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Keeps transformers' own notices away from our terminal while a model or tokenizer is built."""
@@ -265,7 +275,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def _build(checkpoint: Checkpoint, assume_tied: bool) -> Any:
-    """Returns the model on the meta device, its buffers real and initialised."""
+    """Returns the model, its buffers real and initialised, its parameters stood in for."""
     import transformers
     from transformers import CONFIG_MAPPING, PreTrainedConfig
 
@@ -302,6 +312,13 @@ def _build(checkpoint: Checkpoint, assume_tied: bool) -> Any:
                 if buffer is not None and buffer.is_meta:
                     module._buffers[name] = torch.zeros_like(buffer, device="cpu")
         model.initialize_weights()
+    known: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, value in module._parameters.items():
+            if value is not None:
+                fresh = known.setdefault(id(value), nn.Parameter(stand_in(value.shape), requires_grad=False))
+                module._parameters[name] = fresh
+                known[id(fresh)] = fresh
     return model.eval()
 
 

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from contextvars import copy_context
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,7 +34,7 @@ from quantize.errors import InputError
 from quantize.formats.base import Checkpoint
 from quantize.formats.container import buffer_bytes
 from quantize.parallel import one_torch_thread
-from quantize.skeleton import Skeleton
+from quantize.skeleton import Skeleton, stand_in
 from quantize.statistics import Accumulator, Statistics
 
 # Threads only run Python frames and torch calls; the default of 8 MiB counts against a data limit for each batch.
@@ -75,11 +76,11 @@ class Trial:
 class _Watcher(TorchFunctionMode):
     """Reports the input of every linear map by a known parameter, however the model applies it."""
 
-    def __init__(
-        self, parameters: Mapping[int, tuple[str, Tensor]], observe: Observe, used: set[str] | None = None
-    ) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], observe: Observe, used: set[str] | None = None) -> None:
         super().__init__()
-        self._parameters = parameters
+        self._by_storage: dict[int, list[tuple[str, Tensor]]] = {}
+        for name, value in parameters.items():
+            self._by_storage.setdefault(value.untyped_storage().data_ptr(), []).append((name, value))
         self._observe = observe
         self._used = used
 
@@ -87,19 +88,23 @@ class _Watcher(TorchFunctionMode):
         if func is nn.functional.linear or func in _MATMULS:
             inputs, weight = (*args, *(kwargs or {}).values())[:2]
             weight = weight if func is nn.functional.linear else weight.mT
-            known = self._parameters.get(weight.untyped_storage().data_ptr())
+            known = self._owner(weight)
             # a transposed or cut view is no map whose input has the columns of the parameter
             if known is not None and weight.is_contiguous() and weight.shape == known[1].shape[-2:]:
                 name, whole = known
-                index = -1 if whole.dim() < 3 else weight.storage_offset() // whole.stride(0)
-                self._observe(Site((name, index)), inputs)
+                offset = weight.storage_offset() - whole.storage_offset()
+                self._observe(Site((name, -1 if whole.dim() < 3 else offset // whole.stride(0))), inputs)
         if self._used is not None and getattr(func, "__name__", "") != "__get__":
-            self._used.update(
-                self._parameters[key][0]
-                for value in _flat((args, kwargs))
-                if isinstance(value, nn.Parameter) and (key := value.untyped_storage().data_ptr()) in self._parameters
-            )
+            owners = (self._owner(value) for value in _flat((args, kwargs)) if isinstance(value, nn.Parameter))
+            self._used.update(owner[0] for owner in owners if owner is not None)
         return func(*args, **(kwargs or {}))
+
+    def _owner(self, view: Tensor) -> tuple[str, Tensor] | None:
+        """Returns the parameter that a tensor is a view of; some that were split from one tensor share its storage."""
+        for name, whole in self._by_storage.get(view.untyped_storage().data_ptr(), ()):
+            if 0 <= view.storage_offset() - whole.storage_offset() < whole.numel():
+                return name, whole
+        return None
 
 
 class _Paging(TorchFunctionMode):
@@ -112,10 +117,10 @@ class _Paging(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         paged = self._sweep.paged
-        stands_in = [id(value) for value in args if id(value) in paged]
-        if not stands_in:
+        found = [paged[id(value)] for value in args if id(value) in paged]
+        if not found:
             return func(*args, **kwargs)
-        name, _ = paged[stands_in[0]]
+        name, _ = found[0]
         if func is nn.functional.embedding:
             return self._sweep.look_up(name, args[0])
         if func is nn.functional.linear:
@@ -187,27 +192,24 @@ class Stage:
             changed: Stored name to float32 tensor; what it does not name is as in `weights`.
         """
         skeleton = self._sweep.skeleton
-        changed = changed or {}
+        values = ChainMap(dict(changed or {}), self.weights)
         if not self.weights:
-            self.weights = {n: self._sweep.read(n) for n in skeleton.stored_names(self.path)}
-            stale = set(self.weights)
+            self.weights |= {name: self._sweep.read(name) for name in skeleton.stored_names(self.path)}
+            stale = {name for name in skeleton.parameters if self._owns(name)}
         else:
-            stale = self._changed | set(changed)
-        self._changed = set(changed)
-        values = ChainMap(dict(changed), self.weights)
-        outputs = {output for name in stale for output in skeleton.conversion_of[name].outputs}
-        for name in outputs & set(self._loaded):
-            # freed before its successor is made
-            _set(skeleton.model, name, torch.empty_like(self._loaded.pop(name), device="meta"))
-        loaded = skeleton.fill(lambda name: name in outputs and self._owns(name), values.__getitem__)
-        for name, value in loaded.items():
-            _set(skeleton.model, name, value)
+            names = self._changed | set(values.maps[0])
+            stale = {o for name in names for o in skeleton.conversion_of[name].outputs if o in self._loaded}
+            stale |= {alias for alias, source in skeleton.tied.items() if source in stale and alias in self._loaded}
+        self._changed = set(values.maps[0])
+        # freed before their successors are made
+        skeleton.put({name: stand_in(self._loaded.pop(name).shape) for name in stale & set(self._loaded)})
+        loaded = skeleton.fill(stale.__contains__, lambda n: values[n] if n in values else self._sweep.read(n))
+        skeleton.put(loaded)
         self._loaded |= loaded
 
     def unload(self) -> None:
         """Drops all weights."""
-        for name, value in self._loaded.items():
-            _set(self._sweep.skeleton.model, name, torch.empty_like(value, device="meta"))
+        self._sweep.skeleton.put({name: stand_in(value.shape) for name, value in self._loaded.items()})
         self._loaded, self.weights = {}, {}
 
     def probe(self) -> Trial:
@@ -215,7 +217,7 @@ class Stage:
         args, kwargs = _fresh(self._batches[0].call)
         calls: list[tuple[Site, Tensor]] = []
         used: set[str] = set()
-        watcher = _Watcher(self._watched(), lambda site, x: calls.append((site, x)), used)
+        watcher = _Watcher(self._loaded, lambda site, x: calls.append((site, x)), used)
         with torch.no_grad(), _Paging(self._sweep), watcher:
             result = self._sweep.originals[self.path](*args, **kwargs)
         return Trial(calls, used, list(_tensors((result, args, kwargs))))
@@ -246,7 +248,7 @@ class Stage:
                     total.finish(batch)
 
         self._sweep.observers[self.path] = (
-            (self._watched(), lambda batch: partial(observe, batch - first), lambda batch: finished(batch - first))
+            (self._loaded, lambda batch: partial(observe, batch - first), lambda batch: finished(batch - first))
             if totals
             else None
         )
@@ -256,9 +258,6 @@ class Stage:
 
     def _owns(self, parameter: str) -> bool:
         return parameter.startswith(f"{self.path}.")
-
-    def _watched(self) -> dict[int, tuple[str, Tensor]]:
-        return {value.untyped_storage().data_ptr(): (name, value) for name, value in self._loaded.items()}
 
 
 class Sweep:
@@ -294,13 +293,14 @@ class Sweep:
         self.abandoned = False
         self.originals: dict[str, Callable[..., Any]] = {}
         self.observers: dict[str, Any] = {}
-        self.paged: dict[int, tuple[str, nn.Module]] = {}
+        self.paged: dict[int, tuple[str, Tensor]] = {}
         self._checkpoint = checkpoint
         self._threads = max(1, threads)
         self._keep = keep
         self._spill = _Spill(budget, folder, skeleton.model.buffers())
         self._lock = threading.RLock()
         self._resident: set[str] = set()
+        self._whole: dict[str, Tensor] = {}
         self._undo = ExitStack()
         self._workers: ThreadPoolExecutor | None = None
         everything = [*([probe] if probe is not None else []), *batches]
@@ -393,12 +393,11 @@ class Sweep:
     def whole(self, value: Any) -> Any:
         """Returns a value as it is, or the matrix that it stands in for, which stays in memory from then on."""
         with self._lock:
-            name, module = self.paged.pop(id(value), ("", None))
-            if module is not None:
-                module._parameters["weight"] = nn.Parameter(self.read(name), requires_grad=False)
-                self._spill.never(module._parameters["weight"])
-                return module._parameters["weight"]
-        return value
+            name, _ = self.paged.get(id(value), ("", None))
+            if name and name not in self._whole:
+                self._whole[name] = self.read(name)
+                self._spill.never(self._whole[name])
+            return self._whole.get(name, value)
 
     def run_head(self, name: str, hidden: Tensor, bias: Tensor | None) -> Tensor:
         """Multiplies by the stored head a run of vocabulary rows at a time, for the kept positions only."""
@@ -422,15 +421,15 @@ class Sweep:
             module.forward = partial(self._enter_block, path)
             self._undo.callback(module.__dict__.pop, "forward")
         own: dict[str, set[str]] = {}
-        for output in (output for conversion in skeleton.conversions.values() for output in conversion.outputs):
-            if skeleton.block_of(output) is None:
-                own.setdefault(output.rpartition(".")[0], set()).add(output)
+        for parameter in skeleton.parameters:
+            if skeleton.block_of(parameter) is None:
+                own.setdefault(parameter.rpartition(".")[0], set()).add(parameter)
         for path, module in model.named_modules():
             matrix = f"{path}.weight"
             if skeleton.block_of(path) is None and (isinstance(module, nn.Embedding) or path == skeleton.head):
                 name = skeleton.whole(matrix)
                 if name is not None:
-                    self._page(module, name)
+                    self.paged[id(module.weight)] = (name, module.weight)
                     own.get(path, set()).discard(matrix)
             names = own.get(path)
             if names and any(True for _ in module.children()):
@@ -438,15 +437,6 @@ class Sweep:
             elif names:
                 hook = partial(self._make_resident, path, names)
                 self._undo.callback(module.register_forward_pre_hook(hook).remove)
-
-    def _page(self, module: nn.Module, name: str) -> None:
-        """Puts a stand-in of the right shape, without memory, in place of a module's matrix."""
-        weight = module._parameters["weight"]
-        assert weight is not None
-        stand_in = nn.Parameter(torch.full((1,), torch.nan).expand(weight.shape), requires_grad=False)
-        module._parameters["weight"] = stand_in
-        self._undo.callback(module._parameters.__setitem__, "weight", weight)
-        self.paged[id(stand_in)] = (name, module)
 
     def _enter_block(self, path: str, *args: Any, **kwargs: Any) -> Any:
         batch = threading.current_thread()
@@ -494,11 +484,11 @@ class Sweep:
             if path in self._resident:
                 return
             self._resident.add(path)
-            for name, value in self.skeleton.fill(names.__contains__, self.read).items():
-                before = _get(self.skeleton.model, name)
-                _set(self.skeleton.model, name, value)
+            values = self.skeleton.fill(names.__contains__, self.read)
+            self.skeleton.put(values)
+            self._undo.callback(self.skeleton.put, {name: stand_in(value.shape) for name, value in values.items()})
+            for value in values.values():
                 self._spill.never(value)
-                self._undo.callback(_set, self.skeleton.model, name, before)
 
 
 class _Spill:
@@ -579,25 +569,6 @@ class _Parked:
                     self._spill.read(tensor, file)
 
 
-def _get(model: nn.Module, name: str) -> Tensor | None:
-    """Returns a parameter or buffer."""
-    path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
-    return module._parameters[leaf] if leaf in module._parameters else module._buffers[leaf]
-
-
-def _set(model: nn.Module, name: str, value: Tensor | None) -> None:
-    """Puts a tensor in place of a parameter or buffer."""
-    path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
-    if leaf not in module._parameters:
-        module._buffers[leaf] = value
-    elif isinstance(value, nn.Parameter) or value is None:
-        module._parameters[leaf] = value
-    else:
-        module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
-
-
 def _flat(value: Any) -> Iterator[Any]:
     """Yields what nested containers hold."""
     if isinstance(value, Mapping):
@@ -615,13 +586,16 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _fresh(value: Any) -> Any:
-    """Returns `value` with containers and tensors copied, so that a trial run cannot change what a real run sees."""
+    """Returns `value` with containers, caches and tensors copied: a trial run must not change what a real run sees."""
     if isinstance(value, Tensor):
         return value.clone()
     if isinstance(value, MutableMapping):
-        copy = type(value)()
-        copy.update({key: _fresh(item) for key, item in value.items()})
-        return copy
+        duplicate = copy(value)
+        for key, item in value.items():
+            duplicate[key] = _fresh(item)
+        return duplicate
     if type(value) in (tuple, list):
         return type(value)(_fresh(item) for item in value)
-    return value
+    if isinstance(value, nn.Module) or callable(value) or not hasattr(value, "__dict__"):
+        return value
+    return deepcopy(value)

@@ -71,12 +71,12 @@ def trace(stage: Stage, skeleton: Skeleton, known: Known | None = None) -> Struc
     items = None
     if make in known and known[make].keys() == set(keys.values()):
         hoped = [replace(item, fold=_renamed(known[make][keys[site]], "", own)) for site, item in inputs.items()]
-        items = _sound(stage, _without_unused(hoped, base, stage, skeleton), base.output)
+        items = _sound(stage, _without_doubtful(hoped, base, stage, skeleton), base.output)
         items = items if list(items) == hoped else None
     if items is None:
         found = _for_siblings(_folds(stage, inputs, base, skeleton), inputs, base, skeleton)
         items = tuple(replace(item, fold=found.get(site)) for site, item in inputs.items())
-        items = _sound(stage, _without_unused(items, base, stage, skeleton), base.output)
+        items = _sound(stage, _without_doubtful(items, base, stage, skeleton), base.output)
         known[make] = {key: _renamed(item.fold, own, "") for key, item in zip(keys.values(), items, strict=True)}
     stage.load()
     return Structure(items, {site: item.name for site, item in inputs.items()})
@@ -132,7 +132,9 @@ def _unreached(inputs: Mapping[Site, Input], seen: set[Site], stage: Stage, skel
 def _multiplied(site: Site, stage: Stage, skeleton: Skeleton) -> tuple[str, ...]:
     """Returns the stored matrices that are multiplied at a site; none where transformers makes it in another way."""
     parameter, index = site
-    conversion = skeleton.source_of[parameter]
+    conversion = skeleton.source_of.get(parameter)
+    if conversion is None:  # a matrix that another block has too
+        return ()
     if index < 0:
         plain = all(stage.weights[name].dim() == _MATRIX for name in conversion.names)
         return conversion.names if plain else ()
@@ -289,11 +291,21 @@ def _rule(fold: Fold | None, index: int, skeleton: Skeleton) -> tuple[Fold, tupl
     return (replace(fold, producer=names[0]), names) if len(names) > 1 else (fold, ())
 
 
-def _without_unused(items: Sequence[Input], base: Trial, stage: Stage, skeleton: Skeleton) -> tuple[Input, ...]:
-    """Returns the inputs without folds that could also feed a matrix which the probe batch never came by."""
+def _without_doubtful(items: Iterable[Input], base: Trial, stage: Stage, skeleton: Skeleton) -> tuple[Input, ...]:
+    """Returns the inputs without the folds that no run of this block on this batch can prove.
+
+    Those that could also feed a matrix which the batch never came by, and those of tensors that other blocks use too.
+    """
     unused = {name for name in stage.weights if not base.used.intersection(skeleton.conversion_of[name].outputs)}
     widths = {size for name in unused if stage.weights[name].dim() > 1 for size in stage.weights[name].shape}
-    return tuple(replace(item, fold=None) if item.width in widths else item for item in items)
+    tied = (skeleton.source_of[source] for source in skeleton.tied.values() if source in skeleton.source_of)
+    shared = {name for conversion in tied for name in conversion.names}
+    return tuple(
+        replace(item, fold=None)
+        if item.width in widths or (item.fold and shared.intersection((*item.consumers, item.fold.producer)))
+        else item
+        for item in items
+    )
 
 
 def _sound(stage: Stage, inputs: tuple[Input, ...], output: Sequence[Tensor]) -> tuple[Input, ...]:
