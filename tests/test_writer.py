@@ -52,6 +52,14 @@ def make(out: Path, source: Path, *, overwrite: bool = False, fingerprint: str =
     tidy(out)
     check_target(out, [source], overwrite)
     folder = OutputFolder(out, FILES, fingerprint, restart)
+    try:
+        fill(folder, source)
+        folder.publish(overwrite)
+    finally:
+        folder.close()
+
+
+def fill(folder: OutputFolder, source: Path) -> None:
     for name in ("c", "a", "empty", "scalar", "b"):
         if name not in folder.done:
             value = value_of(name)
@@ -65,7 +73,6 @@ def make(out: Path, source: Path, *, overwrite: bool = False, fingerprint: str =
     assert index is not None
     copied = {"side.txt": source / "side.txt", "deep/side.txt": source / "side.txt", "config.json": source / "side.txt"}
     folder.write_side_files(copied, written | {"model.safetensors.index.json": index})
-    folder.publish(overwrite)
 
 
 @pytest.fixture
@@ -200,11 +207,11 @@ def test_killed_anywhere_the_same_run_ends_in_the_same_bytes(
 
 def test_a_calibrated_run_killed_by_signal_9(tmp_path: Path) -> None:
     """One run is killed as soon as it works, one in the middle."""
-    model = tiny.llama(tmp_path / "model", tokenizer=True, num_hidden_layers=6)
+    model = tiny.llama(tmp_path / "model", tokenizer=True, num_hidden_layers=4)
     options = tiny.QUICK | {"method": "awq", "group_size": 32}
     quantize.run(model, out=tmp_path / "whole" / "Out", **options)
     whole = tiny.contents(tmp_path / "whole" / "Out")
-    for lines in (1, 40):
+    for lines in (1, 30):
         out = tmp_path / str(lines) / "Out"
         journal = partial_path(out) / JOURNAL
         child = os.fork()
@@ -238,7 +245,7 @@ def test_a_whole_run_killed_at_some_calls(tmp_path: Path, method: str) -> None:
 
     run("whole")
     whole = tiny.contents(tmp_path / "whole" / "Out")
-    for number in random.Random(method).sample(range(1, 80), 6):
+    for number in random.Random(method).sample(range(1, 80), 4):
         assert killed_at(number, number % 2 == 0, lambda number=number: run(str(number)))  # type: ignore[misc]
         out = tmp_path / str(number) / "Out"
         if not out.exists():
