@@ -24,7 +24,7 @@ from quantize.parallel import default_threads, one_torch_thread
 from quantize.progress import Progress, silent
 from quantize.skeleton import Skeleton
 from quantize.sweep import Sweep
-from quantize.tokenizer import load_tokenizer
+from quantize.tokenizer import load_tokenizer, require_rows
 
 DEFAULT_TEXT = "default:eval"
 _DRAWS = 2000
@@ -236,6 +236,7 @@ def evaluate_checkpoints(
             if checkpoint is None:
                 continue
             skeleton = Skeleton(checkpoint, assume_tied)
+            require_rows(windows, skeleton, checkpoint)
             sweep = stack.enter_context(Sweep(skeleton, checkpoint, batches, threads=threads, keep=keep))
             for index, _ in enumerate(sweep.stages(), 1):
                 progress(f"evaluating {name}", index, len(skeleton.blocks))

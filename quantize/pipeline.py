@@ -35,7 +35,7 @@ from quantize.statistics import Statistics
 from quantize.store import StatisticsFile
 from quantize.structure import Input
 from quantize.sweep import Sweep
-from quantize.tokenizer import load_tokenizer
+from quantize.tokenizer import load_tokenizer, require_rows
 from quantize.trace import Known, trace
 from quantize.version import VERSION
 from quantize.writer import REPORT, OutputFolder, check_target, tidy
@@ -559,7 +559,9 @@ class Job:
             raise UsageError(
                 f"method {self.choice.method if self.choice else ''} needs calibration text", "drop --calib none"
             )
-        return self._mixed_rows(tuple(sources))
+        text = self._mixed_rows(tuple(sources))
+        require_rows(text.ids, self.skeleton, self.checkpoint)
+        return text
 
     def _mixed_rows(self, sources: tuple[str, ...]) -> CalibrationText:
         """Returns the rows of all sources, row r from source r % n; those of `self` are sampled from the model."""

@@ -7,9 +7,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from quantize.errors import InputError
 from quantize.formats.base import Checkpoint
-from quantize.skeleton import quiet_transformers
+from quantize.skeleton import Skeleton, quiet_transformers
+
+_NAMED = 5
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
@@ -31,6 +35,22 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
         except Exception as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise InputError(f"{checkpoint.path}: its tokenizer cannot be loaded: {reason}") from error
+
+
+def require_rows(ids: Tensor, skeleton: Skeleton, checkpoint: Checkpoint) -> None:
+    """Checks that the embedding has a row for every token.
+
+    Raises:
+        InputError: it lacks some; they are named.
+    """
+    rows = getattr(skeleton.model.get_input_embeddings(), "num_embeddings", None)
+    lost = sorted(set(ids[ids >= rows].tolist())) if rows is not None else []
+    if lost:
+        named = ", ".join(map(str, lost[:_NAMED])) + (f" and {len(lost) - _NAMED} more" if len(lost) > _NAMED else "")
+        raise InputError(
+            f"{checkpoint.path}: its tokenizer gives tokens {named}, its embedding has {rows} rows",
+            "the tokenizer is of another model, or the embedding was not extended",
+        )
 
 
 def tokenizer_sha256(checkpoint: Checkpoint) -> str:
