@@ -480,6 +480,7 @@ class Job:
         )
         value = result.to_dict()
         value.pop("chunks")
+        value["protocol"] = {**value["protocol"], "text": _without_folder(value["protocol"]["text"])}
         return value
 
     # -- what is decided -------------------------------------------------------------------------------------------
@@ -603,7 +604,7 @@ class Job:
         record: dict[str, Any] = {"scheme": ", ".join(used) if used else "none", "version": VERSION}
         if text is not None:
             record |= {
-                "calibration": ", ".join(Path(s).name if Path(s).exists() else s for s in text.sources),
+                "calibration": ", ".join(map(_without_folder, text.sources)),
                 "calibration_rows": f"{text.ids.shape[0]} x {text.ids.shape[1]} tokens",
                 "calibration_sha256": text.sha256,
             }
@@ -651,6 +652,11 @@ def _output(path: str | Path) -> Path:
     """Returns the output's path with a name of its own: `.` and `..` have none."""
     path = Path(path).expanduser()
     return path if path.name not in ("", "..") else path.resolve()
+
+
+def _without_folder(source: str) -> str:
+    """Returns a text source as reports name it: a file without where it lies."""
+    return Path(source).name if Path(source).exists() else source
 
 
 def _source_name(model: str | Path | None, path: Path) -> str:
