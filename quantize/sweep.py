@@ -12,6 +12,7 @@ much, and 17 batches of a 135M model then held 1.7 GB instead of 0.8.
 
 from __future__ import annotations
 
+import ctypes
 import queue
 import tempfile
 import threading
@@ -32,7 +33,6 @@ from torch.overrides import TorchFunctionMode
 
 from quantize.errors import InputError
 from quantize.formats.base import Checkpoint
-from quantize.formats.container import buffer_bytes
 from quantize.parallel import one_torch_thread
 from quantize.skeleton import Skeleton, stand_in
 from quantize.statistics import Accumulator, Statistics
@@ -95,7 +95,7 @@ class _Watcher(TorchFunctionMode):
                 offset = weight.storage_offset() - whole.storage_offset()
                 self._observe(Site((name, -1 if whole.dim() < 3 else offset // whole.stride(0))), inputs)
         if self._used is not None and getattr(func, "__name__", "") != "__get__":
-            owners = (self._owner(value) for value in _flat((args, kwargs)) if isinstance(value, nn.Parameter))
+            owners = (self._owner(value) for value in _flat((args, kwargs)) if isinstance(value, Tensor))
             self._used.update(owner[0] for owner in owners if owner is not None)
         return func(*args, **(kwargs or {}))
 
@@ -145,8 +145,8 @@ class _Batch(threading.Thread):
         self._inputs = inputs
 
     def run(self) -> None:
-        self.go.acquire()
         try:
+            self._wait()
             torch.set_num_threads(1)
             with torch.no_grad(), _Paging(self._sweep):
                 self.result = self._sweep.skeleton.model(**self._inputs).logits
@@ -161,6 +161,9 @@ class _Batch(threading.Thread):
         """Waits before `place` until the sweep lets this batch go on."""
         self.at = place
         self._sweep.events.put(self)
+        self._wait()
+
+    def _wait(self) -> None:
         self.go.acquire()
         if self._sweep.abandoned:
             raise _Abandoned
@@ -508,8 +511,9 @@ class _Spill:
     def parked(self, values: Any) -> _Parked:
         """Returns a context in which the large tensors in `values` may lie on disk instead of in memory."""
         unique = {t.untyped_storage().data_ptr(): t for t in _tensors(values) if t.device.type == "cpu"}
-        large = [t for t in unique.values() if t.untyped_storage().nbytes() >= _SPILL_MIN]
-        return _Parked(self, [t for t in large if t.untyped_storage().data_ptr() not in self._shared])
+        own = [tensor for pointer, tensor in unique.items() if pointer not in self._shared]
+        movable = [t for t in own if t.untyped_storage().nbytes() >= _SPILL_MIN and t.untyped_storage().resizable()]
+        return _Parked(self, movable)
 
     def claim(self, nbytes: int) -> bool:
         """Returns whether `nbytes` more may stay in memory, and counts them if so."""
@@ -540,8 +544,9 @@ class _Spill:
 
 
 def _storage_bytes(tensor: Tensor) -> memoryview:
-    """Returns a view of all bytes of a tensor's storage."""
-    return buffer_bytes(torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()))
+    """Returns a view of all bytes of a tensor's storage; one by way of numpy would forbid to resize it."""
+    storage = tensor.untyped_storage()
+    return memoryview((ctypes.c_ubyte * storage.nbytes()).from_address(storage.data_ptr())).cast("B")
 
 
 class _Parked:

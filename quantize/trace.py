@@ -114,11 +114,13 @@ def _inputs(base: Trial, stage: Stage, skeleton: Skeleton) -> dict[Site, Input]:
         for site, names in consumers.items()
         if (known := [name for name in names if name not in mixed])
     }
-    return inputs | _unreached(inputs, seen, stage, skeleton)
+    return inputs | _unreached(inputs, seen, base, stage, skeleton)
 
 
-def _unreached(inputs: Mapping[Site, Input], seen: set[Site], stage: Stage, skeleton: Skeleton) -> dict[Site, Input]:
-    """Returns the inputs of experts that the probe batch was not routed to, where it was to others of their stack."""
+def _unreached(
+    inputs: Mapping[Site, Input], seen: set[Site], base: Trial, stage: Stage, skeleton: Skeleton
+) -> dict[Site, Input]:
+    """Returns the inputs of experts that the probe batch was not routed to: of a reached stack, or linears alone."""
     more: dict[Site, Input] = {}
     for (parameter, index), item in inputs.items():
         for other in range(_stack_size(parameter, skeleton)) if index >= 0 else ():
@@ -126,6 +128,12 @@ def _unreached(inputs: Mapping[Site, Input], seen: set[Site], stage: Stage, skel
             names = _multiplied(site, stage, skeleton)
             if names and site not in seen and site not in more:
                 more[site] = Input(names[0], names, item.width)
+    for name, weight in stage.weights.items():
+        parameter = skeleton.conversion_of[name].target
+        if name in skeleton.linears and weight.dim() == _MATRIX and parameter not in base.used:
+            site = Site((parameter, -1))
+            if _multiplied(site, stage, skeleton) == (name,):
+                more[site] = Input(name, (name,), weight.shape[-1])
     return more
 
 
