@@ -44,7 +44,7 @@ SAMPLES = 64
 LENGTH = 512
 EVAL_CHUNKS = 20
 _PROBE_TOKENS = 32
-_BATCH_TOKENS = 2048
+_BATCH_TOKENS = 512
 # Bytes of a plain tensor copied at a time.
 _COPY = 16 * 2**20
 
