@@ -277,6 +277,7 @@ def quiet_transformers() -> Iterator[None]:
 def _build(checkpoint: Checkpoint, assume_tied: bool) -> Any:
     """Returns the model, its buffers real and initialised, its parameters stood in for."""
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, PreTrainedConfig
 
     values = PreTrainedConfig._decode_special_floats(dict(checkpoint.config))
@@ -305,8 +306,9 @@ def _build(checkpoint: Checkpoint, assume_tied: bool) -> Any:
             cls: Any = classes[0] if classes else _default_class(config)
             with torch.device("meta"):
                 model = cls._from_config(config, dtype=torch.float32)
-        except (TypeError, ValueError, AttributeError, KeyError) as error:
-            raise InputError(f"{checkpoint.path}: config.json does not make a model: {error}") from error
+        except (TypeError, ValueError, AttributeError, KeyError, StrictDataclassError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"{checkpoint.path}: config.json does not make a model: {reason}") from error
         for module in model.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None and buffer.is_meta:

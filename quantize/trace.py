@@ -50,7 +50,7 @@ class Structure:
 Known = dict[tuple[tuple[str, Shape], ...], dict[tuple[str, ...], Fold | None]]
 
 
-def trace(stage: Stage, skeleton: Skeleton, known: Known | None = None) -> Structure:
+def trace(stage: Stage, skeleton: Skeleton, known: Known | None = None, *, folds: bool = True) -> Structure:
     """Returns the structure of the stage's block, traced with its probe batch.
 
     The block's weights are exchanged and put back; the batches do not move.
@@ -60,26 +60,37 @@ def trace(stage: Stage, skeleton: Skeleton, known: Known | None = None) -> Struc
         skeleton: The model.
         known: What earlier blocks had; what this one has is added. A block of a known make is searched only if the
             check does not find the known folds sound in it.
+        folds: Whether folds are searched at all; without them one run of the probe tells everything.
     """
-    known = {} if known is None else known
     base = stage.probe()
     inputs = _inputs(base, stage, skeleton)
+    items = tuple(inputs.values())
+    if folds:
+        items = _with_folds(stage, inputs, base, skeleton, {} if known is None else known)
+        stage.load()
+    return Structure(items, {site: item.name for site, item in inputs.items()})
+
+
+def _with_folds(
+    stage: Stage, inputs: Mapping[Site, Input], base: Trial, skeleton: Skeleton, known: Known
+) -> tuple[Input, ...]:
+    """Returns the inputs with their folds. The module is left with other weights than the stage's."""
     prefix = os.path.commonprefix(list(stage.weights))  # noqa: RUF071 -- cut at a dot in the next line
     own = prefix[: prefix.rfind(".") + 1]
     make = tuple((name.removeprefix(own), tuple(value.shape)) for name, value in stage.weights.items())
-    keys = {site: tuple(name.removeprefix(own) for name in item.consumers) for site, item in inputs.items()}
-    items = None
-    if make in known and known[make].keys() == set(keys.values()):
-        hoped = [replace(item, fold=_renamed(known[make][keys[site]], "", own)) for site, item in inputs.items()]
-        items = _sound(stage, _without_doubtful(hoped, base, stage, skeleton), base.output)
-        items = items if list(items) == hoped else None
-    if items is None:
-        found = _for_siblings(_folds(stage, inputs, base, skeleton), inputs, base, skeleton)
-        items = tuple(replace(item, fold=found.get(site)) for site, item in inputs.items())
-        items = _sound(stage, _without_doubtful(items, base, stage, skeleton), base.output)
-        known[make] = {key: _renamed(item.fold, own, "") for key, item in zip(keys.values(), items, strict=True)}
-    stage.load()
-    return Structure(items, {site: item.name for site, item in inputs.items()})
+    keys = [tuple(name.removeprefix(own) for name in item.consumers) for item in inputs.values()]
+    if make in known and known[make].keys() == set(keys):
+        hoped = tuple(
+            replace(item, fold=_renamed(known[make][key], "", own))
+            for item, key in zip(inputs.values(), keys, strict=True)
+        )
+        if _sound(stage, _without_doubtful(hoped, base, stage, skeleton), base.output) == hoped:
+            return hoped
+    found = _for_siblings(_folds(stage, inputs, base, skeleton), inputs, base, skeleton)
+    items = tuple(replace(item, fold=found.get(site)) for site, item in inputs.items())
+    items = _sound(stage, _without_doubtful(items, base, stage, skeleton), base.output)
+    known[make] = {key: _renamed(item.fold, own, "") for key, item in zip(keys, items, strict=True)}
+    return items
 
 
 def _renamed(fold: Fold | None, old: str, new: str) -> Fold | None:
@@ -208,9 +219,10 @@ def _folds(stage: Stage, inputs: Mapping[Site, Input], base: Trial, skeleton: Sk
     for names, draft in _candidates(stage, skeleton, {item.width for item in inputs.values()}):
         if len(found) == len(before):
             break
-        if any(fold.producer in names for fold in found.values()):
-            continue
         rows = len(stage.weights[draft.producer]) - draft.start
+        left = {inputs[site].width for site in before if site not in found}
+        if any(fold.producer in names for fold in found.values()) or not left & _fed(rows, stage):
+            continue
         factors = torch.empty(rows).uniform_(0.5, 2.0, generator=generator)
         fed: dict[Site, Fold] = {}
         while True:
@@ -229,6 +241,11 @@ def _folds(stage: Stage, inputs: Mapping[Site, Input], base: Trial, skeleton: Sk
                 break
         found |= fed
     return found
+
+
+def _fed(rows: int, stage: Stage) -> set[int]:
+    """Returns the widths of inputs that some rows could feed."""
+    return {rows * repeat for repeat in _head_repeats(stage)}
 
 
 def _first_calls(trial: Trial) -> dict[Site, Tensor]:
@@ -254,7 +271,7 @@ def _scaled(
 def _explains(draft: Fold, factors: Tensor, before: Tensor, after: Tensor | None, stage: Stage) -> Fold | None:
     """Returns the fold under which `after` is `before` with its channels scaled by `factors`, or None."""
     width, rows = before.shape[-1], len(factors)
-    if after is None or after.shape != before.shape or width % rows or width // rows not in _head_repeats(stage):
+    if after is None or after.shape != before.shape or width not in _fed(rows, stage):
         return None
     x, y = _rows(before), _rows(after)
     repeat = width // rows

@@ -23,7 +23,7 @@ from quantize.skeleton import Skeleton
 from quantize.statistics import Statistics
 from quantize.structure import Input
 from quantize.sweep import Stage, Sweep
-from quantize.trace import Known, trace
+from quantize.trace import trace
 
 IDS = token_ids()
 
@@ -52,10 +52,9 @@ def sweeping(path: Path, **options: Any) -> Iterator[tuple[Skeleton, Sweep]]:
 def swept(path: Path, **options: Any) -> tuple[Skeleton, dict[str, tuple[Input, Statistics | None]], Tensor]:
     """Returns the inputs with their statistics by the stored names of their consumers, and the logits."""
     found: dict[str, tuple[Input, Statistics | None]] = {}
-    known: Known = {}
     with sweeping(path, **options) as (skeleton, sweep):
         for stage in sweep.stages():
-            structure = trace(stage, skeleton, known)
+            structure = trace(stage, skeleton, folds=False)
             values = stage.run(structure.sites)
             for item in structure.inputs:
                 found |= {name: (item, values.get(item.name)) for name in item.consumers}
