@@ -338,6 +338,15 @@ def test_routers_stay_and_engines_are_told(tmp_path: Path) -> None:
     assert report.figures["quantized"] == 32
 
 
+def test_names_of_modules_are_aliases(tmp_path: Path) -> None:
+    """transformers stacks experts: the stored matrices answer to the stack's name as well."""
+    model = qwen3_moe(tmp_path / "model")
+    found = plan(model, set=("model.layers.0.mlp.experts=keep",))
+    kept = {name for name, entry in by_name(found).items() if entry.rule.startswith("--set")}
+    assert len(kept) == 12
+    assert all(name.startswith("0.mlp.experts.") for name in kept)
+
+
 def test_towers_are_named_to_engines(tmp_path: Path) -> None:
     extra = {
         "visual.blocks.0.attn.qkv.weight": torch.ones(8, 64, dtype=BF16),
