@@ -153,12 +153,13 @@ def _storable(fold: Fold, scale: Tensor, block: Block) -> Tensor:
 def _round(
     block: Block, scales: Mapping[str, Tensor], pool: Pool
 ) -> tuple[dict[str, QuantizedTensor], dict[str, Tensor], list[str]]:
-    """Returns coded tensors, folded tensors, and the inputs whose error is above that of rounding to nearest."""
+    """Returns coded tensors, folded tensors, and the inputs by whose scales an error exceeds rounding to nearest."""
     changed = fold_all(block.inputs, block.weights, scales)
     coded: dict[str, QuantizedTensor] = {}
     worse: list[str] = []
     for group in grouped(block.inputs):
         before = after = 0.0
+        changers = _changers(group, block, scales)
         for item in group:
             statistics = block.statistics.get(item.name)
             if statistics is None:
@@ -170,12 +171,22 @@ def _round(
                 coded[name], row_loss = _clip(weight, hessian, block.schemes[name], pool)
                 rows = _row_factors(name, block, scales)
                 after += statistics.count * float((row_loss * rows.square()).double().sum())
-                if item.name in scales:
+                if changers:
                     loss = _nearest_loss(block.weights[name], statistics.hessian, block.schemes[name], pool)
                     before += statistics.count * loss
-        if group[0].name in scales and not after <= before:
-            worse += [item.name for item in group]
+        if changers and not after <= before:
+            worse += [name for name in changers if name not in worse]
     return coded, changed, worse
+
+
+def _changers(group: Sequence[Input], block: Block, scales: Mapping[str, Tensor]) -> list[str]:
+    """Returns the inputs whose scales changed the matrices of a group: its own, or else those that its rows took back.
+
+    Rows divided by a scale round as before, but for the float16 scales of groups that become very small.
+    """
+    consumers = {name for item in group for name in item.consumers}
+    rest = [item.name for item in block.inputs if item.fold is not None and item.fold.producer in consumers]
+    return [item.name for item in group if item.name in scales] or [name for name in rest if name in scales]
 
 
 def _columns(item: Input, scales: Mapping[str, Tensor]) -> Tensor:
