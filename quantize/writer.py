@@ -29,6 +29,7 @@ REPORT = "quantize.json"
 JOURNAL = ".quantize-journal"
 _START = b'{"fingerprint": "'
 _READ = 16 * 2**20
+_SPARES = 100
 
 
 def partial_path(out: Path) -> Path:
@@ -77,9 +78,15 @@ def tidy(out: Path) -> None:
     if not journal.is_file():
         return
     for entry in _entries(journal.read_bytes()):
-        if "replaced" in entry:
-            _remove(out.with_name(entry["replaced"]))
+        name = entry.get("replaced")
+        if name in _spares(out):  # a journal that came with someone's folder must not name anything else
+            _remove(out.with_name(name))
     journal.unlink()
+
+
+def _spares(out: Path) -> list[str]:
+    """Returns the names that an older output may get while it is replaced."""
+    return [f"{out.name}.replaced", *(f"{out.name}.replaced-{number}" for number in range(2, _SPARES))]
 
 
 def _remove(path: Path) -> None:
@@ -266,8 +273,7 @@ class OutputFolder:
 
     def _set_aside(self) -> None:
         """Gives an older output another name, which the journal knows: the next run removes it if this one cannot."""
-        names = (f"{self.out.name}.replaced{suffix}" for suffix in ("", *(f"-{n}" for n in range(2, 1000))))
-        old = next(path for name in names if not (path := self.out.with_name(name)).exists())
+        old = next(path for name in _spares(self.out) if not (path := self.out.with_name(name)).exists())
         self._note({"replaced": old.name})
         self.out.rename(old)
 

@@ -464,6 +464,18 @@ def test_overwrite_leaves_a_folder_that_is_called_like_its_own_spare(source: Pat
     assert names(tmp_path / "Out.replaced") == ["mine"]
 
 
+@pytest.mark.parametrize("name", ["Photos", "../Photos", "Out.replaced-x", "Out.partial", ["Photos"], None])
+def test_a_journal_that_came_with_a_folder_removes_nothing_else(tmp_path: Path, name: object) -> None:
+    out = tmp_path / "deep" / "Out"
+    out.mkdir(parents=True)
+    (out / JOURNAL).write_text(json.dumps({"fingerprint": "f"}) + "\n" + json.dumps({"replaced": name}) + "\n")
+    for other in ("Photos", "deep/Photos", "deep/Out.replaced-x", "deep/Out.partial"):
+        (tmp_path / other).mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    tidy(out)
+    assert sorted(tmp_path.rglob("*")) == [path for path in before if path.name != JOURNAL]
+
+
 def test_a_name_that_was_taken_meanwhile_keeps_the_work(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "Out"
     folder = start(out)
