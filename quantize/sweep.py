@@ -64,7 +64,7 @@ class Trial:
     Attributes:
         calls: Site and input of every linear map, in order. The inputs are kept alive, so that equal addresses mean
             the same tensor.
-        used: Names of the block's parameters that took part in any computation.
+        used: Names of the block's parameters that took part in any computation; empty if nobody asked.
         output: The floating tensors of the block's result, and of what it left in its arguments for later blocks.
     """
 
@@ -215,12 +215,12 @@ class Stage:
         self._sweep.skeleton.put({name: stand_in(value.shape) for name, value in self._loaded.items()})
         self._loaded, self.weights = {}, {}
 
-    def probe(self) -> Trial:
+    def probe(self, ask_used: bool = False) -> Trial:
         """Runs the probe batch through the block without letting it go on, and without touching what it carries."""
         args, kwargs = _fresh(self._batches[0].call)
         calls: list[tuple[Site, Tensor]] = []
         used: set[str] = set()
-        watcher = _Watcher(self._loaded, lambda site, x: calls.append((site, x)), used)
+        watcher = _Watcher(self._loaded, lambda site, x: calls.append((site, x)), used if ask_used else None)
         with torch.no_grad(), _Paging(self._sweep), watcher:
             result = self._sweep.originals[self.path](*args, **kwargs)
         return Trial(calls, used, list(_tensors((result, args, kwargs))))
@@ -256,7 +256,10 @@ class Stage:
             else None
         )
         self.passed = True
-        self._sweep.release(self._batches)
+        try:
+            self._sweep.release(self._batches)
+        finally:
+            self._sweep.observers.pop(self.path, None)  # it holds the block's weights and statistics
         return {name: total.total for name, total in totals.items() if total.total is not None}
 
     def _owns(self, parameter: str) -> bool:
