@@ -224,7 +224,7 @@ def test_awq_output_again_without_requantize(
     assert "--requantize" in said
     result = cli("run", once, *RTN, "--requantize", "--out", tmp_path / "Twice", "--json")
     assert result.exit_code == 0
-    assert json.loads(result.stdout)["base"].endswith("Once")
+    assert json.loads(result.stdout)["base"].endswith("Once, dequantized from INT4-G32")
 
 
 # Text

@@ -9,8 +9,9 @@ ties, so the result is never worse than rounding to nearest on this measure.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -22,12 +23,13 @@ from quantize.schemes import AffineInt, QuantizedTensor, Scheme
 from quantize.statistics import Statistics
 from quantize.structure import Fold, Input, fold_all, grouped
 
-_GRID = 20
-# Rows that judge a candidate scale, evenly spread over the consumers: the scale is shared by all rows, and more rows
-# changed the choice in no block that was tried.
+# Twice as many steps lowered the error of no block that was tried by more than 2 %.
+_GRID = 10
+# Rows that judge a candidate scale, evenly spread over the consumers, for all rows share the scale. Half as many gave
+# errors within 1 %, a quarter up to 5 % larger ones.
 _JUDGES = 1024
-# Factors on a group's extremes. Below a half nothing was ever chosen at 4 bits.
-_SHRINK = tuple(1.0 - step / 20 for step in range(1, 11))
+# Factors on a group's lower and upper extreme, in all pairs: moving the sides apart took off another 7 %.
+_SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)
 
 
 class AWQ:
@@ -227,7 +229,7 @@ def _clip(weight: Tensor, hessian: Tensor, scheme: Scheme, pool: Pool) -> tuple[
             return torch.einsum("grk,grk->rg", columns @ blocks, columns)
 
         best, factor_low, factor_high = group_error(low, high), torch.ones_like(low), torch.ones_like(high)
-        for f_low, f_high in _factors():
+        for f_low, f_high in product(_SHRINK, repeat=2):
             error = group_error(low * f_low, high * f_high)
             better = error < best
             best = torch.where(better, error, best)
@@ -243,11 +245,6 @@ def _clip(weight: Tensor, hessian: Tensor, scheme: Scheme, pool: Pool) -> tuple[
     parts = list(pool.map(chunk, spans(len(weight), ROWS)))
     arrays = {key: torch.cat([coded.arrays[key] for coded, _ in parts]) for key in parts[0][0].arrays}
     return QuantizedTensor(scheme, tuple(weight.shape), arrays), torch.cat([error for _, error in parts])
-
-
-def _factors() -> Iterable[tuple[float, float]]:
-    """Yields factors on the lower and the upper extreme: both together."""
-    return [(f, f) for f in _SHRINK]
 
 
 def _row_errors(weight: Tensor, low: Tensor, high: Tensor, scheme: AffineInt, hessian: Tensor) -> Tensor:
