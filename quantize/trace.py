@@ -62,7 +62,7 @@ def trace(stage: Stage, skeleton: Skeleton, known: Known | None = None, *, folds
             check does not find the known folds sound in it.
         folds: Whether folds are searched at all; without them one run of the probe tells everything.
     """
-    base = stage.probe()
+    base = stage.probe(ask_used=True)
     inputs = _inputs(base, stage, skeleton)
     items = tuple(inputs.values())
     if folds:

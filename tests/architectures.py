@@ -33,9 +33,9 @@ _HYBRID = {
 }
 _SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
 _SHARED_KV = {
-    "num_hidden_layers": 4,
-    "num_kv_shared_layers": 2,
-    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_hidden_layers": 3,
+    "num_kv_shared_layers": 1,
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
     "vocab_size_per_layer_input": VOCABULARY,
     "hidden_size_per_layer_input": 32,
 }
@@ -98,7 +98,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         {
             **_SHARED_KV,
             "laurel_rank": 32,
-            "activation_sparsity_pattern": [0.9, 0.0, 0.0, 0.0],
+            "activation_sparsity_pattern": [0.9, 0.0, 0.0],
             "altup_num_inputs": 2,
         },
     ),

@@ -256,7 +256,7 @@ def test_blocks_of_a_known_make_are_not_searched(
     searched = traced(folder("qwen3-moe"))[1]
     runs: list[str] = []
     probe = Stage.probe
-    monkeypatch.setattr(Stage, "probe", lambda self: (runs.append(self.path), probe(self))[1])
+    monkeypatch.setattr(Stage, "probe", lambda self, **kw: (runs.append(self.path), probe(self, **kw))[1])
     assert traced(folder("qwen3-moe"), known={})[1] == searched
     assert runs.count("model.layers.0") > 5
     assert runs.count("model.layers.1") == 2

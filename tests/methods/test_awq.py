@@ -143,7 +143,7 @@ def assert_never_worse(block: Block) -> None:
         assert loss(block, group, values) <= loss(block, group, nearest) * (1 + 1e-4) + 1e-30
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=20)
 @given(
     seed=st.integers(0, 2**16),
     bits=st.sampled_from([3, 4, 8]),
