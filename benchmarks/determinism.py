@@ -16,53 +16,66 @@ import click
 from common import hashes, measure, quantize_command, save, show
 
 
-def finished(command: Sequence[str], out: Path) -> tuple[dict[str, str], float]:
-    """Runs a command to its end; returns the hashes of its output, which is removed, and the seconds it took."""
-    usage = measure(command)
+def finished(command: Sequence[str], out: Path) -> dict[str, str]:
+    """Runs a command to its end and returns the hashes of its output, which is removed."""
+    measure(command)
     found = hashes(out)
     shutil.rmtree(out)
-    return found, usage.seconds
+    return found
 
 
-def killed(command: Sequence[str], out: Path, after: float) -> bool:
-    """Runs a command, kills it after some seconds, and returns whether that left an unfinished output.
+def window(command: Sequence[str], out: Path) -> tuple[float, float]:
+    """Runs a command and returns after how many seconds its unfinished output came and went."""
+    start, times = time.perf_counter(), []
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while child.poll() is None:
+        if partial(out).exists():
+            times.append(time.perf_counter() - start)
+        time.sleep(0.01)
+    shutil.rmtree(out)
+    return times[0], times[-1]
 
-    Raises:
-        AssertionError: something stands under the final name although the command did not end.
-    """
+
+def partial(out: Path) -> Path:
+    """Returns where an output is while it is unfinished."""
+    return out.with_name(f"{out.name}.partial")
+
+
+def killed(command: Sequence[str], out: Path, after: float) -> str:
+    """Runs a command, kills it after some seconds, and returns what that left: "nothing", "partial" or "complete"."""
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     time.sleep(after)
-    ended = child.poll() is not None
     child.kill()
     child.wait()
-    if ended:
-        shutil.rmtree(out, ignore_errors=True)
-        return False
     if out.exists():
-        raise AssertionError(f"{out.name} exists, but the run was killed after {after:.2f} s")
-    return out.with_name(f"{out.name}.partial").exists()
+        return "complete"
+    return "partial" if partial(out).exists() else "nothing"
 
 
 def check(model: Path, out: Path, kills: int, dice: random.Random, options: dict[str, Any]) -> dict[str, Any]:
     """Returns a row of what was equal for one command."""
     command = quantize_command("run", model, out=out, threads=2, **options)
-    reference, seconds = finished(command, out)
-    again, _ = finished(command, out)
-    single, _ = finished(quantize_command("run", model, out=out, threads=1, **options), out)
-    resumed, equal = 0, 0
+    reference = finished(command, out)
+    again = finished(command, out)
+    single = finished(quantize_command("run", model, out=out, threads=1, **options), out)
+    begin, end = window(command, out)
+    left, equal = [], 0
     for _ in range(kills):
-        resumed += killed(command, out, dice.uniform(0, seconds))
-        equal += finished(command, out)[0] == reference
+        left.append(killed(command, out, dice.uniform(begin, end)))
+        if left[-1] == "complete":  # killed between the last rename and the end of the process
+            equal += hashes(out) == reference
+            shutil.rmtree(out)
+        equal += finished(command, out) == reference
     return {
         "model": model.name,
         "method": options["method"],
         "files": len(reference),
-        "seconds": round(seconds, 1),
+        "seconds": round(end, 1),
         "again": again == reference,
         "one thread": single == reference,
         "kills": kills,
-        "of them mid-output": resumed,
-        "same after kill": equal == kills,
+        "of them mid-output": left.count("partial"),
+        "same after kill": equal == kills + left.count("complete"),
     }
 
 
