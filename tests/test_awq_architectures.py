@@ -56,7 +56,8 @@ def test_from_folder_to_folder(name: str, text: Path, tmp_path: Path) -> None:
         coded = [name for name, info in result.tensors.items() if not isinstance(info.scheme, Plain)]
         assert coded
         assert set(report.errors) == set(coded)
-        assert all("saw no calibration token" in note and ".experts." in note for note in report.notes)
+        unused = "adapter_list" if name == "zamba2" else ".experts."
+        assert all("saw no calibration token" in note and unused in note for note in report.notes)
         loss[method] = measured(out, path, text)
     # no bar, but a fold gone wrong would show
     assert loss["awq"] <= 1.3 * loss["rtn"]
