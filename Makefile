@@ -2,14 +2,18 @@
 # make test    sets up and passes the tests
 # make lint    ruff, mypy --strict, import rules
 # make peers   environments of the programs that we compare with, and the tests against them
-# make bench   every figure of the README (long)
+# make bench   every figure of the README (long): MODEL= folder, GROUP=, TEXT=, CALIB= files, LLAMA_CPP= its source tree, built
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PEERS ?= .peers
 DEMO := demo-output
-BASE ?= $(DEMO)/base
+MODEL ?= $(DEMO)/SmolLM2-135M
+GROUP ?= 64
+TEXT ?= wiki.test.raw
+CALIB ?= default
+LLAMA_CPP ?= llama.cpp
 
 .PHONY: demo test lint peers bench clean
 
@@ -41,6 +45,15 @@ lint: $(VENV)/.ready
 peers: $(VENV)/.ready
 	bash benchmarks/peers.sh $(PEERS)
 	QUANTIZE_PEERS=$(PEERS) $(BIN)/python -m pytest -q -m peer
+
+bench: $(VENV)/.ready
+	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/determinism.py $(MODEL)
+	$(BIN)/python benchmarks/memory.py --work $(DEMO)/memory --tokenizer $(MODEL)
+	$(BIN)/python benchmarks/perplexity.py $(MODEL) --text $(TEXT) --llama $(LLAMA_CPP)/build/bin \
+	  --converter $(LLAMA_CPP)/convert_hf_to_gguf.py
+	$(BIN)/python benchmarks/awq.py $(MODEL) --group-size $(GROUP) --text $(TEXT) $(addprefix --calib ,$(CALIB)) \
+	  --peer $(PEERS)/llmcompressor/bin/python
 
 clean:
 	rm -rf $(VENV) $(DEMO) build dist *.egg-info

@@ -3,8 +3,10 @@
 
 Writes llama models with random weights to a work folder, quantizes them in child processes, and deletes them again:
 
-- awq: 12 and 48 layers of one width have the same peak within 10 %, and pass under RLIMIT_DATA of that size;
-- rtn: 4 and 8 layers of a 7B model's width with a 152k vocabulary stay under 1.2 GB, also under that limit.
+- awq: 12 and 48 layers of one width have the same peak within 10 %;
+- rtn: 4 and 8 layers of a 7B model's width with a 152k vocabulary stay under 1.2 GB.
+
+Both also pass under RLIMIT_DATA of 1.2 GB, which counts private writable address space, touched or not.
 
 The tokenizer for the calibrating run is taken from a model folder. The rtn part needs 12 GB of disk.
 """
@@ -23,9 +25,7 @@ from common import measure, quantize_command, save, show, verdict
 from safetensors.torch import save_file
 
 SHARD_BYTES = 2 * 10**9
-RTN_LIMIT = 1_200_000_000
-# RLIMIT_DATA counts private writable address space, touched or not; the peak is rounded up by this.
-HEADROOM = 1.1
+LIMIT = 1_200_000_000
 
 
 def llama_config(hidden: int, ffn: int, vocabulary: int, layers: int) -> dict[str, Any]:
@@ -108,15 +108,12 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
             shutil.copyfile(source / name, folder / name)
 
 
-def compare(
-    work: Path, models: Mapping[str, dict[str, Any]], limit: int | None, **options: Any
-) -> list[dict[str, Any]]:
+def compare(work: Path, models: Mapping[str, dict[str, Any]], **options: Any) -> list[dict[str, Any]]:
     """Quantizes each model twice, free and under RLIMIT_DATA, and returns a row for each; all files are deleted.
 
     Args:
         work: Where the models go.
         models: Configs by name; "tokenizer" in a config names the folder to take one from.
-        limit: RLIMIT_DATA; None for the measured peak with some headroom.
         options: Options of `quantize run`.
     """
     rows = []
@@ -129,10 +126,9 @@ def compare(
                 copy_tokenizer(tokenizer, folder)
             command = quantize_command("run", folder, out=out, eval="none", overwrite=True, **options)
             free = measure(command)
-            bound = limit or int(free.peak_bytes * HEADROOM)
-            bounded = measure(command, data_limit=bound, check=False)
+            bounded = measure(command, data_limit=LIMIT, check=False)
             row = {"model": name, "layers": config["num_hidden_layers"], **free.figures}
-            row |= {"limit_mb": round(bound / 1e6, 1), "passes_under_limit": bounded.code == 0}
+            row |= {"limit_mb": LIMIT / 1e6, "passes_under_limit": bounded.code == 0}
             if bounded.code:
                 print(bounded.output[-2000:])
             rows.append(row)
@@ -148,27 +144,28 @@ def compare(
 @click.option("--tokenizer", type=click.Path(exists=True, path_type=Path), required=True, help="Model folder with one.")
 @click.option("--calib", multiple=True, default=("default",), help="Calibration text for awq.")
 @click.option("--threads", default=2, show_default=True)
+@click.option("--samples", default=16, show_default=True, help="Calibration rows of 512 tokens for awq.")
 @click.option("--only", type=click.Choice(["awq", "rtn"]), help="Run one part.")
-def main(work: Path, tokenizer: Path, calib: tuple[str, ...], threads: int, only: str | None) -> None:
-    """Measures both parts and writes results/memory.json."""
+def main(work: Path, tokenizer: Path, calib: tuple[str, ...], threads: int, samples: int, only: str | None) -> None:
+    """Measures and writes results/memory-awq.json and results/memory-rtn.json."""
     vocabulary = json.loads((tokenizer / "config.json").read_text())["vocab_size"]
-    result: dict[str, Any] = {"threads": threads}
-    bars = []
     if only != "rtn":
         narrow = {f"narrow-{n}": {**llama_config(1024, 2816, vocabulary, n), "tokenizer": tokenizer} for n in (12, 48)}
         rows = compare(work, narrow, None, method="awq", bits=4, calib=calib, threads=threads)
-        show("run --method awq", rows)
         peaks = [row["peak_mb"] for row in rows]
-        bars.append(verdict("awq: 48 layers' peak over 12 layers'", max(peaks) / min(peaks), 1.1))
-        result["awq"] = rows
+        report("awq", rows, [verdict("48 layers' peak / 12 layers'", max(peaks) / min(peaks), 1.1)], threads)
     if only != "awq":
         wide = {f"wide-{n}": llama_config(4096, 11008, 152_000, n) for n in (4, 8)}
         rows = compare(work, wide, RTN_LIMIT, method="rtn", bits=4, threads=threads)
-        show("run --method rtn", rows)
-        bars += [verdict(f"rtn: peak MB, {row['layers']} layers", row["peak_mb"], RTN_LIMIT / 1e6) for row in rows]
-        result["rtn"] = rows
+        bars = [verdict(f"peak MB, {row['layers']} layers", row["peak_mb"], RTN_LIMIT / 1e6) for row in rows]
+        report("rtn", rows, bars, threads)
+
+
+def report(method: str, rows: list[dict[str, Any]], bars: list[dict[str, Any]], threads: int) -> None:
+    """Prints and writes one part."""
+    show(f"run --method {method}", rows)
     show("bars", bars)
-    save("memory", {**result, "bars": bars})
+    save(f"memory-{method}", {"threads": threads, "rows": rows, "bars": bars})
 
 
 if __name__ == "__main__":
