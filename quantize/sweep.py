@@ -212,8 +212,13 @@ class Stage:
 
     def unload(self) -> None:
         """Drops all weights."""
+        self._empty()
+        self.weights = {}
+
+    def _empty(self) -> None:
+        """Drops the module's own weights, which for experts are a second copy of the stored ones."""
         self._sweep.skeleton.put({name: stand_in(value.shape) for name, value in self._loaded.items()})
-        self._loaded, self.weights = {}, {}
+        self._loaded = {}
 
     def probe(self, ask_used: bool = False) -> Trial:
         """Runs the probe batch through the block without letting it go on, and without touching what it carries."""
@@ -226,7 +231,7 @@ class Stage:
         return Trial(calls, used, list(_tensors((result, args, kwargs))))
 
     def run(self, groups: Mapping[Site, str] | None = None) -> dict[str, Statistics]:
-        """Lets all batches pass through the block.
+        """Lets all batches pass through the block, and empties the module; `weights` stay.
 
         Args:
             groups: The sites to watch, each with the name under which its statistics are added up.
@@ -260,6 +265,7 @@ class Stage:
             self._sweep.release(self._batches)
         finally:
             self._sweep.observers.pop(self.path, None)  # it holds the block's weights and statistics
+            self._empty()
         return {name: total.total for name, total in totals.items() if total.total is not None}
 
     def _owns(self, parameter: str) -> bool:

@@ -161,6 +161,8 @@ def test_one_block_is_resident(folder: Callable[[str], Path]) -> None:
             for stage in sweep.stages():
                 assert {skeleton.block_of(p) for p in resident(skeleton) if skeleton.block_of(p)} == {stage.path}
                 stage.run()
+                assert not [parameter for parameter in resident(skeleton) if skeleton.block_of(parameter)]
+                assert stage.weights
             assert {skeleton.block_of(parameter) for parameter in resident(skeleton)} <= {None}
             embeddings = [n for n, m in skeleton.model.named_modules() if isinstance(m, nn.Embedding)]
             assert not [n for n in embeddings if f"{n}.weight" in resident(skeleton) and skeleton.block_of(n) is None]
