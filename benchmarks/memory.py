@@ -151,13 +151,13 @@ def main(work: Path, tokenizer: Path, calib: tuple[str, ...], threads: int, samp
     vocabulary = json.loads((tokenizer / "config.json").read_text())["vocab_size"]
     if only != "rtn":
         narrow = {f"narrow-{n}": {**llama_config(1024, 2816, vocabulary, n), "tokenizer": tokenizer} for n in (12, 48)}
-        rows = compare(work, narrow, None, method="awq", bits=4, calib=calib, threads=threads)
+        rows = compare(work, narrow, method="awq", bits=4, calib=calib, threads=threads)
         peaks = [row["peak_mb"] for row in rows]
         report("awq", rows, [verdict("48 layers' peak / 12 layers'", max(peaks) / min(peaks), 1.1)], threads)
     if only != "awq":
         wide = {f"wide-{n}": llama_config(4096, 11008, 152_000, n) for n in (4, 8)}
-        rows = compare(work, wide, RTN_LIMIT, method="rtn", bits=4, threads=threads)
-        bars = [verdict(f"peak MB, {row['layers']} layers", row["peak_mb"], RTN_LIMIT / 1e6) for row in rows]
+        rows = compare(work, wide, method="rtn", bits=4, threads=threads)
+        bars = [verdict(f"peak MB, {row['layers']} layers", row["peak_mb"], LIMIT / 1e6) for row in rows]
         report("rtn", rows, bars, threads)
 
 
