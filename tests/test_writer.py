@@ -229,7 +229,7 @@ def test_a_calibrated_run_killed_by_signal_9(tmp_path: Path) -> None:
         _, ended = os.waitpid(child, 0)
         assert os.waitstatus_to_exitcode(ended) == -signal.SIGKILL
         assert names(out.parent) == ["Out.partial"]
-        assert (b'"done"' in journal.read_bytes()) == (lines > 1)
+        assert lines == 1 or b'"done"' in journal.read_bytes()
         quantize.run(model, out=out, **options)
         assert tiny.contents(out) == whole
         assert names(out.parent) == ["Out"]
