@@ -40,7 +40,7 @@ if [ ! -x "$folder/llamacpp/bin/${programs[0]}" ]; then
   source=$folder/llamacpp/llama.cpp
   cmake -S "$source" -B "$source/build" -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF -DLLAMA_CURL=OFF \
     -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_SERVER=OFF >"$build/log"
-  cmake --build "$source/build" --parallel --target "${programs[@]}" >>"$build/log"
+  cmake --build "$source/build" --parallel "$(nproc)" --target "${programs[@]}" >>"$build/log"
   for program in "${programs[@]}"; do
     ln -sf "$source/build/bin/$program" "$folder/llamacpp/bin/$program"
   done
