@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,10 @@ RESULTS = Path(__file__).parent / "results"
 QUANTIZE = Path(sys.executable).with_name("quantize")
 _INTERVAL = 0.02
 _COUNTED = ("RssAnon:", "RssShmem:")
+
+
+# A benchmark that is told to end takes its child with it.
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 class Failed(Exception):
