@@ -7,7 +7,7 @@ model's own code keeps it, so encoder-decoders, shared-KV and hybrid models need
 
 A thread never holds the interpreter while it waits; at most `threads` of them run at a time. What is large is computed
 on as many workers, not on the batches' own threads: the allocator keeps a heap for every thread that ever asked it for
-much, and 17 batches of a 135M model then held 1.7 GB instead of 0.8.
+much, and 17 batches of a 135M model then held 1.7 GB instead of 1.0.
 """
 
 from __future__ import annotations
