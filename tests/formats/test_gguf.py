@@ -18,7 +18,9 @@ from torch import Tensor
 
 from quantize.errors import InputError, UsageError
 from quantize.formats import find
-from quantize.formats.gguf import GGUFFormat, llama3_rope, read_part
+from quantize.formats.gguf import GGUFFormat
+from quantize.formats.gguf.config import llama3_rope
+from quantize.formats.gguf.container import read_part
 from quantize.schemes import GGMLBlock, Plain, QuantizedTensor, parse_scheme
 
 HIDDEN, WIDTH, VOCAB, LAYERS = 32, 64, 48, 2
