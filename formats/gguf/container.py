@@ -1,112 +1,109 @@
 """The GGUF container: what a file's header says, and where its tensors lie.
 
-One file, or the parts `NAME-00001-of-0000N.gguf` of one model. A part is: the magic `GGUF`, u32 version, u64
-counts of tensors and of metadata pairs; the pairs; per tensor its name, dimensions (fastest first, unlike
-torch's), GGML type and offset; then the data, aligned. Everything is little-endian.
-
-The header is walked here and not by the gguf package's reader, which makes array objects of every token and
-merge (4 seconds and 180 MB for 49k tokens) and names no tensor in errors.
+One file, or the parts `NAME-00001-of-0000N.gguf` of one model; the first part holds the metadata. Tensors follow the
+header, each aligned.
 """
 
 from __future__ import annotations
 
 import math
-import mmap
 import re
-import struct
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from quantize.errors import InputError
-from quantize.formats.container import Extent
-from quantize.schemes import GGMLBlock, Plain, Scheme, Shape
+from quantize.errors import InputError, UsageError
+from quantize.formats.container import Extent, read_rows
+from quantize.formats.gguf.byteorder import can_swap, swap_blocks
+from quantize.formats.gguf.header import SHORT, Field, Header, journal_path, open_header
+from quantize.formats.gguf.metadata import ALIGNMENT, LETTERS, Kind, Value
+from quantize.kernels.cpu.ggml import BLOCKS
+from quantize.schemes import DTYPES, GGMLBlock, Plain, Scheme, Shape
+
+PART_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
     """A tensor as it lies in a part: logical shape in torch's order, grid, and bytes.
 
-    `extent` is of the dtype when plain; of uint8 `[rows, bytes of a row]` when quantized.
+    `extent` is of the dtype when plain; of uint8 `[rows, bytes of a row]` when quantized. The numbers there are
+    big-endian when `swapped`: `read` turns them round, nothing else does.
     """
 
     shape: Shape
     scheme: Scheme
     extent: Extent
+    swapped: bool = False
+
+    def read(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Returns rows `start` to `stop` as they are coded, little-endian, in a tensor that owns its memory.
+
+        Raises:
+            InputError: the file cannot be read or ends early, or the type is not known in big-endian order.
+        """
+        name = str(self.scheme)
+        if self.swapped and isinstance(self.scheme, GGMLBlock) and not can_swap(name):
+            raise InputError(f"{self.extent.file}: {name} in big-endian order cannot be read")
+        rows = read_rows(self.extent, start, stop)
+        if self.swapped and rows.numel():
+            size = BLOCKS[name].nbytes
+            raw = rows.reshape(-1).view(torch.uint8).numpy().reshape(-1, size)
+            if isinstance(self.scheme, Plain):
+                raw[:] = raw[:, ::-1].copy()
+            else:
+                swap_blocks(name, raw)
+        return rows
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """The header of one file. Arrays of more than 256 values are left at their type and length."""
+    """The header of one file.
+
+    Attributes:
+        file: Where it lies.
+        metadata: Values by key; arrays of more than 256 values are left at their type and length (`array`).
+        tensors: Tensors in file order.
+        fields: Where each metadata value lies.
+        big_endian: Whether the numbers in the file are.
+        start: Offset of the data section.
+    """
 
     file: Path
     metadata: dict[str, Any]
     tensors: dict[str, Stored]
+    fields: dict[str, Field]
+    big_endian: bool
+    start: int
 
+    def array(self, key: str) -> list[Any]:
+        """Returns all elements of an array, however long.
 
-_PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16, 28: torch.float64,
-          24: torch.int8, 25: torch.int16, 26: torch.int32, 27: torch.int64}  # fmt: skip
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
-_LONGEST_ARRAY = 256
-_PART_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+        Raises:
+            InputError: there is no such key, it holds no array, or the file has changed.
+        """
+        if key not in self.fields or not self.fields[key].array:
+            raise InputError(f"{self.file}: lacks the array '{key}'")
+        return list(self.value(key).data)
 
+    def value(self, key: str) -> Value:
+        """Returns a value with its type, an array whole.
 
-class _Header:
-    """Walks a header. Lengths in it come from the file, so each step is checked against the file's size."""
-
-    def __init__(self, file: Path, data: mmap.mmap) -> None:
-        self.file, self.data, self.position = file, data, 0
-
-    def skip(self, count: int) -> int:
-        """Passes over `count` bytes and returns where they start."""
-        start, self.position = self.position, self.position + count
-        if self.position > len(self.data):
-            raise InputError(f"{self.file}: truncated inside its header", "download it again")
-        return start
-
-    def take(self, code: str) -> Any:
-        """Returns the next numbers, as `struct` spells them: one bare, several in a tuple."""
-        code = f"<{code}"
-        values = struct.unpack_from(code, self.data, self.skip(struct.calcsize(code)))
-        return values[0] if len(values) == 1 else values
-
-    def text(self) -> str:
-        """Returns the next string."""
-        start = self.skip(self.take("Q"))
-        try:
-            return self.data[start : self.position].decode()
-        except UnicodeDecodeError:
-            raise InputError(f"{self.file}: its header holds a string that is not UTF-8") from None
-
-    def value(self, kind: int) -> Any:
-        """Returns the next metadata value of type `kind`."""
-        if kind == _STRING:
-            return self.text()
-        if kind == _ARRAY:
-            return self.array()
-        if kind not in _SCALARS:
-            raise InputError(f"{self.file}: its header holds a value of the unknown type {kind}")
-        number = self.take(_SCALARS[kind])
-        # The shortest decimal of a float32: 1e-05 as the config had it, not 9.999999747378752e-06.
-        return float(str(np.float32(number))) if _SCALARS[kind] == "f" else number
-
-    def array(self) -> Any:
-        """Returns a short array as a list, of a long one its type and length."""
-        kind, count = self.take("IQ")
-        if kind != _STRING and kind not in _SCALARS:
-            raise InputError(f"{self.file}: its header holds an array of the unknown type {kind}")
-        if count <= _LONGEST_ARRAY:
-            return [self.value(kind) for _ in range(count)]
-        if kind == _STRING:
-            for _ in range(count):
-                self.skip(self.take("Q"))
-            return {"type": "string", "length": count}
-        self.skip(count * struct.calcsize(_SCALARS[kind]))
-        return {"type": np.dtype(_SCALARS[kind]).name, "length": count}
+        Raises:
+            KeyError: there is no such key.
+            InputError: the file cannot be read any more.
+        """
+        field = self.fields[key]
+        with open_header(self.file) as header:
+            header.start()
+            if field.offset > len(header.data):
+                raise InputError(f"{self.file}: truncated inside its header", "download it again")
+            return Value(field.kind, header.value(field), field.array)
 
 
 def read_part(file: Path) -> Part:
@@ -115,50 +112,33 @@ def read_part(file: Path) -> Part:
     Raises:
         InputError: the file is missing, no GGUF file, of an unreadable version, truncated, or several joined.
     """
-    try:
-        with file.open("rb") as stream:
-            start = stream.read(8)
-            if start.startswith(b"version"):
-                raise InputError(f"{file}: a git-lfs pointer, not the model", "fetch it with 'git lfs pull'")
-            if len(start) < 8 and b"GGUF".startswith(start[:4]):
-                raise InputError(f"{file}: truncated: {len(start)} bytes", "download it again")
-            if start[:4] != b"GGUF":
-                raise InputError(f"{file}: no GGUF file: it starts with {start[:4]!r}")
-            with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _read_header(_Header(file, data))
-    except OSError as error:
-        raise InputError(f"{file}: {error.strerror or error}") from error
+    if (journal := journal_path(file)).exists():
+        raise InputError(
+            f"{file}: an edit of its header was interrupted",
+            f"repeat the edit; if it is another file now, remove {journal}",
+        )
+    with open_header(file) as header:
+        return _read_header(header)
 
 
-def _read_header(header: _Header) -> Part:
+def _read_header(header: Header) -> Part:
     file = header.file
-    _, version, tensor_count, pair_count = header.take("IIQQ")
-    if version not in (2, 3):
-        what = "big-endian" if version & 0xFFFF == 0 else f"of version {version}"
-        raise InputError(f"{file}: a GGUF file {what}", "little-endian ones of version 2 and 3 can be read")
-    metadata: dict[str, Any] = {}
-    for _ in range(pair_count):
-        key = header.text()
-        if key in metadata:
-            raise InputError(f"{file}: its header holds the key '{key}' twice")
-        metadata[key] = header.value(header.take("I"))
-    entries: dict[str, tuple[Shape, int, int]] = {}
-    for _ in range(tensor_count):
-        name, dims = header.text(), header.take("I")
-        if name in entries or not 1 <= dims <= 4:
-            raise InputError(f"{file}: tensor '{name}' is listed twice, or has {dims} dimensions")
-        shape = tuple(header.take("Q") for _ in range(dims))[::-1]
-        kind, offset = header.take("IQ")
-        entries[name] = (shape, kind, offset)
+    tensor_count, pair_count = header.start()
+    fields = header.fields(pair_count)
+    metadata = {key: _shown(header, field) for key, field in fields.items()}
+    entries = header.entries(tensor_count)
 
-    alignment = metadata.get("general.alignment", 32)
+    alignment = metadata.get(ALIGNMENT, 32)
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-        raise InputError(f"{file}: general.alignment is {alignment}, no power of two")
+        raise InputError(f"{file}: {ALIGNMENT} is {alignment}, no power of two")
     begin, size, end = -(-header.position // alignment) * alignment, len(header.data), header.position
+    swapped = header.order == ">"
     tensors: dict[str, Stored] = {}
     for name, (shape, kind, offset) in sorted(entries.items(), key=lambda item: item[1][2]):
-        tensors[name] = stored = _stored(file, name, shape, kind, begin + offset)
-        end = max(end, begin + offset + stored.extent.nbytes)
+        if tensors and begin + offset < end:
+            raise InputError(f"{file}: tensor '{name}' overlaps another", "download it again")
+        tensors[name] = stored = _stored(file, name, shape, kind, begin + offset, swapped)
+        end = begin + offset + stored.extent.nbytes
         if end > size:
             what = f"truncated: tensor '{name}' ends at byte {end} of {size}"
             raise InputError(f"{file}: {what}", "download it again")
@@ -168,30 +148,44 @@ def _read_header(header: _Header) -> Part:
             f"{file}: parts joined byte-wise: a second GGUF header starts at byte {end}",
             "keep the parts as they are and name the first, or join them with llama-gguf-split --merge",
         )
-    return Part(file, metadata, tensors)
+    return Part(file, metadata, tensors, fields, swapped, begin)
 
 
-def _stored(file: Path, name: str, shape: Shape, kind: int, offset: int) -> Stored:
+def _shown(header: Header, field: Field) -> Any:
+    """Returns a value, of a long array its type and length."""
+    if not field.array or field.count <= SHORT:
+        return header.value(field)
+    name = "string" if field.kind is Kind.TEXT else np.dtype(LETTERS[field.kind]).name
+    return {"type": name, "length": field.count}
+
+
+@cache
+def _types() -> dict[int, str]:
+    """The names of GGML's types by their numbers."""
+    return {block.id: name for name, block in BLOCKS.items()}
+
+
+def _stored(file: Path, name: str, shape: Shape, kind: int, offset: int, swapped: bool) -> Stored:
     """Returns one checked tensor entry; its range in the file is checked by the caller."""
-    from gguf import GGMLQuantizationType
-
     count = math.prod(shape)
     if count == 0:
         raise InputError(f"{file}: tensor '{name}' is empty: {list(shape)}")
-    if kind in _PLAIN:
-        dtype = _PLAIN[kind]
-        return Stored(shape, Plain(dtype), Extent(file, dtype, shape, offset, count * dtype.itemsize))
+    known = _types().get(kind)
+    if known is None:
+        raise InputError(f"{file}: tensor '{name}' has the unknown GGML type {kind}")
+    block = BLOCKS[known]
+    if block.weights == 1:
+        dtype = DTYPES[known]
+        return Stored(shape, Plain(dtype), Extent(file, dtype, shape, offset, count * dtype.itemsize), swapped)
     try:
-        scheme = GGMLBlock(GGMLQuantizationType(kind).name.lower())
-    except ValueError:
-        raise InputError(
-            f"{file}: tensor '{name}' has the unknown GGML type {kind}", "pip install -U gguf may know it"
-        ) from None
+        scheme = GGMLBlock(known)
+    except UsageError:
+        raise InputError(f"{file}: tensor '{name}' is of type {known}, which cannot be read yet") from None
     if reason := scheme.reject(shape):
         raise InputError(f"{file}: tensor '{name}': {reason}")
-    width = shape[-1] // scheme.block * scheme.block_bytes
+    width = shape[-1] // block.weights * block.nbytes
     extent = Extent(file, torch.uint8, (*shape[:-1], width), offset, count // shape[-1] * width)
-    return Stored(shape, scheme, extent)
+    return Stored(shape, scheme, extent, swapped)
 
 
 def part_files(path: Path) -> list[Path]:
@@ -202,12 +196,12 @@ def part_files(path: Path) -> list[Path]:
     """
     if path.is_dir():
         files = sorted(path.glob("*.gguf"))
-        stems = sorted({match["stem"] if (match := _PART_NAME.fullmatch(f.name)) else f.name for f in files})
+        stems = sorted({match["stem"] if (match := PART_NAME.fullmatch(f.name)) else f.name for f in files})
         if len(stems) != 1:
             hint = f"name one of them: {', '.join(stems[:5])}"
             raise InputError(f"{path}: holds {len(stems)} GGUF models", hint)
         path = files[0]
-    match = _PART_NAME.fullmatch(path.name)
+    match = PART_NAME.fullmatch(path.name)
     if match is None:
         return [path]
     count = int(match["count"])
@@ -218,13 +212,19 @@ def part_files(path: Path) -> list[Path]:
     return files or [path]
 
 
-def read_parts(path: Path) -> list[Part]:
+def read_parts(path: Path, *, any_order: bool = False) -> list[Part]:
     """Returns the headers of all parts of the model at `path`, the one with the metadata first.
+
+    Args:
+        path: A file, any part of a split one, or a folder with one model.
+        any_order: Whether big-endian files are welcome: the caller reads tensors by `Stored.read` only.
 
     Raises:
         InputError: a file cannot be read, or the parts do not belong together.
     """
     parts = [read_part(file) for file in part_files(path)]
+    if swapped := [part.file for part in parts if part.big_endian and not any_order]:
+        raise InputError(f"{swapped[0]}: a big-endian GGUF file", "make a little-endian copy of it first")
     numbers = [[p.metadata.get(f"split.{key}") for key in ("no", "count")] for p in parts]
     (number, count), file = numbers[0], parts[0].file
     if len(parts) == 1 and isinstance(number, int) and isinstance(count, int) and count > 1:

@@ -40,7 +40,10 @@ LETTERS = {Kind.U8: "B", Kind.I8: "b", Kind.U16: "H", Kind.I16: "h", Kind.U32: "
 ALIGNMENT = "general.alignment"
 _DEFAULT_ALIGNMENT = 32
 _FLOATS = (Kind.F32, Kind.F64)
-_SPELLINGS = {kind.name.lower(): kind for kind in Kind if kind is not Kind.ARRAY} | {"string": Kind.TEXT, "str": Kind.TEXT}
+_SPELLINGS = {kind.name.lower(): kind for kind in Kind if kind is not Kind.ARRAY} | {
+    "string": Kind.TEXT,
+    "str": Kind.TEXT,
+}
 _TYPED = re.compile(r"(?P<open>\[)?(?P<kind>[a-z]+\d*)(?(open)\]):(?P<rest>.*)", re.DOTALL)
 
 
