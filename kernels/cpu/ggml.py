@@ -3,7 +3,7 @@
 All names are in lower case. A type's loops live in a module that is imported when the type is first used, since
 compiling takes seconds. Every loop works on whole rows, in one thread, without the global lock:
 
-    encoder(x, importance, out)    x float32 [rows, cols], importance float32 [cols] or empty [0], out uint8 [rows, bytes]
+    encoder(x, importance, out)    x float32 [rows, cols], importance float32 [cols] or [0], out uint8 [rows, bytes]
     decoder(blocks, out)           blocks uint8 [rows, bytes], out float32 [rows, cols]
 
 all C-contiguous. The bytes are those of llama.cpp's `ggml_quantize_chunk` as its x86-64 Linux build without fused
@@ -77,18 +77,19 @@ BLOCKS: dict[str, Block] = {
 }
 
 _HERE = "quantize.kernels.cpu."
-_SIMPLE, _KQUANTS, _IQ4 = _HERE + "simple", _HERE + "kquants", _HERE + "iq4"
-_UNPACK = _HERE + "unpack"
+_SIMPLE, _TERNARY, _FP4 = _HERE + "simple", _HERE + "ternary", _HERE + "fp4"
+_KQUANTS, _IQ4, _DECODE = _HERE + "kquants", _HERE + "iq4", _HERE + "decode"
 
 # Type -> module and function. The author of a type adds it here.
 ENCODERS: dict[str, tuple[str, str]] = {
-    **{name: (_SIMPLE, f"encode_{name}") for name in ("q1_0", "q2_0", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0")},
-    **{name: (_SIMPLE, f"encode_{name}") for name in ("mxfp4", "nvfp4", "tq1_0", "tq2_0")},
+    **{name: (_SIMPLE, f"encode_{name}") for name in ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")},
+    **{name: (_TERNARY, f"encode_{name}") for name in ("q1_0", "q2_0", "tq1_0", "tq2_0")},
+    **{name: (_FP4, f"encode_{name}") for name in ("mxfp4", "nvfp4")},
     **{name: (_KQUANTS, f"encode_{name}") for name in ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k")},
     **{name: (_IQ4, f"encode_{name}") for name in ("iq4_nl", "iq4_xs")},
 }
 
-DECODERS: dict[str, tuple[str, str]] = {name: (_UNPACK, f"decode_{name}") for name in ENCODERS}
+DECODERS: dict[str, tuple[str, str]] = {name: (_DECODE, f"decode_{name}") for name in ENCODERS}
 
 # Types whose search makes no sense without importance; llama.cpp ends the program.
 NEEDS_IMPORTANCE = frozenset({"iq2_xxs", "iq2_xs", "iq1_s"})
