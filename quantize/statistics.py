@@ -7,11 +7,28 @@ rows are packed full.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 _PANELS = 4
+# Tokens whose squares are held at a time.
+_RUN = 256
+
+
+class Summary(Protocol):
+    """What a sweep can gather at a site. A job asks for the kind that it needs: `Statistics` or `Squares`."""
+
+    @staticmethod
+    def of(inputs: Tensor) -> Summary:
+        """Returns the figures of `inputs` `[..., K]`."""
+
+    def merge(self: S, other: S) -> S:
+        """Returns the figures of both texts together; `self` is spent."""
+
+
+S = TypeVar("S", bound=Summary)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +88,35 @@ class Statistics:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Squares:
+    """The little of `Statistics` that an importance matrix needs: for the Hessian's memory and time it has no use.
+
+    Attributes:
+        count: Tokens seen.
+        mean_square: Mean of x^2, float32 `[K]`.
+    """
+
+    count: int
+    mean_square: Tensor
+
+    @staticmethod
+    def of(inputs: Tensor) -> Squares:
+        """Returns the mean squares of `inputs` `[..., K]`, computed in float32."""
+        x = inputs.detach().reshape(-1, inputs.shape[-1])
+        total = torch.zeros(x.shape[-1])
+        for run in x.split(_RUN):
+            total += run.float().square().sum(0)
+        return Squares(len(x), total.div_(max(1, len(x))))
+
+    def merge(self, other: Squares) -> Squares:
+        """Returns the mean squares of both texts together, each weighted by its tokens."""
+        total = self.count + other.count
+        if not total:
+            return self
+        return Squares(total, torch.lerp(self.mean_square, other.mean_square, other.count / total))
+
+
 def gram(x: Tensor) -> Tensor:
     """Returns x^T x of float32 `[tokens, K]`, computed as panels of its upper triangle (a third less work)."""
     width = x.shape[1]
@@ -84,19 +130,19 @@ def gram(x: Tensor) -> Tensor:
     return result
 
 
-class Accumulator:
+class Accumulator(Generic[S]):
     """Adds up statistics in batch order, whatever order the batches' threads come in.
 
     The lowest unfinished batch adds at once; those ahead of it wait here until it is done.
     """
 
     def __init__(self) -> None:
-        self.total: Statistics | None = None
+        self.total: S | None = None
         self._next = 0
-        self._waiting: dict[int, list[Statistics]] = {}
+        self._waiting: dict[int, list[S]] = {}
         self._finished: set[int] = set()
 
-    def add(self, batch: int, part: Statistics) -> None:
+    def add(self, batch: int, part: S) -> None:
         """Adds a part seen by `batch`; the caller holds the lock that guards this object."""
         if batch == self._next:
             self._merge(part)
@@ -112,5 +158,5 @@ class Accumulator:
             for part in self._waiting.pop(self._next, ()):
                 self._merge(part)
 
-    def _merge(self, part: Statistics) -> None:
+    def _merge(self, part: S) -> None:
         self.total = part if self.total is None else self.total.merge(part)

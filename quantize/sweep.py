@@ -25,7 +25,7 @@ from copy import copy, deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ from quantize.errors import InputError
 from quantize.formats.base import Checkpoint
 from quantize.parallel import one_torch_thread
 from quantize.skeleton import Skeleton, stand_in
-from quantize.statistics import Accumulator, Statistics
+from quantize.statistics import Accumulator, S, Statistics
 
 # Threads only run Python frames and torch calls; the default of 8 MiB counts against a data limit for each batch.
 _STACK = 2 * 2**20
@@ -230,23 +230,28 @@ class Stage:
             result = self._sweep.originals[self.path](*args, **kwargs)
         return Trial(calls, used, list(_tensors((result, args, kwargs))))
 
-    def run(self, groups: Mapping[Site, str] | None = None) -> dict[str, Statistics]:
+    @overload
+    def run(self, groups: Mapping[Site, str] | None = None) -> dict[str, Statistics]: ...
+    @overload
+    def run(self, groups: Mapping[Site, str], needs: type[S]) -> dict[str, S]: ...
+    def run(self, groups: Mapping[Site, str] | None = None, needs: Any = Statistics) -> dict[str, Any]:
         """Lets all batches pass through the block, and empties the module; `weights` stay.
 
         Args:
             groups: The sites to watch, each with the name under which its statistics are added up.
+            needs: What is gathered there: `Statistics`, or `Squares`, which take much less memory and time.
 
         Returns:
             The statistics by name; a name whose sites saw no token is missing.
         """
-        totals = {name: Accumulator() for name in (groups or {}).values()}
+        totals: dict[str, Accumulator[Any]] = {name: Accumulator() for name in (groups or {}).values()}
         lock = threading.Lock()
         first = 1 if self._sweep.has_probe else 0
 
         def observe(batch: int, site: Site, inputs: Tensor) -> None:
             if batch < 0 or groups is None or site not in groups:
                 return
-            part = Statistics.of(inputs)
+            part = needs.of(inputs)
             with lock:
                 totals[groups[site]].add(batch, part)
 
