@@ -3,24 +3,63 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
 import weakref
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from quantize.errors import InputError
 from quantize.formats.base import TensorInfo
 from quantize.formats.container import read_rows
-from quantize.formats.gguf.config import ROPE_FACTORS, find_architecture, read_config
+from quantize.formats.gguf.architectures.assemble import backward
+from quantize.formats.gguf.architectures.lazy import Arrays, Lazy
+from quantize.formats.gguf.architectures.settings import Settings
+from quantize.formats.gguf.config import COMPUTED, read_config, read_keys
 from quantize.formats.gguf.container import Stored, read_parts
 from quantize.formats.gguf.tokenizer import save_tokenizer
-from quantize.schemes import GGMLBlock, Plain, QuantizedTensor
+from quantize.schemes import GGMLBlock, Plain, QuantizedTensor, Scheme, Shape
+
+
+@dataclass(frozen=True)
+class _Held(Lazy):
+    """A tensor as it lies in the file."""
+
+    name: str
+    stored: Stored
+
+    children = ()
+
+    @property
+    def shape(self) -> Shape:
+        """The shape that the header says."""
+        return self.stored.shape
+
+    @property
+    def scheme(self) -> Scheme:
+        """The type that the header says."""
+        return self.stored.scheme
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Itself."""
+        return (self.name,)
+
+    def fetch(self, start: int, stop: int, coded: bool) -> Arrays:
+        """Reads rows as they are coded; decodes them when values are wanted."""
+        rows = read_rows(self.stored.extent, start, stop)
+        if coded:
+            return {"blocks": rows}
+        if isinstance(self.scheme, Plain):
+            return {"values": rows}
+        shape = (rows.shape[0], *self.shape[1:])
+        return {"values": QuantizedTensor(self.scheme, shape, {"blocks": rows}).dequantize()}
 
 
 class GGUFCheckpoint:
@@ -33,52 +72,48 @@ class GGUFCheckpoint:
         parts = read_parts(path)
         self._first = parts[0]
         self.metadata: dict[str, Any] = self._first.metadata
-        self._architecture = find_architecture(self._first)
+        architecture, keys = read_keys(self._first)
         self._stored: dict[str, Stored] = {}
-        self.dropped: dict[str, str] = {}
-        factors = None
         for part in parts:
-            for name, stored in part.tensors.items():
-                if name == ROPE_FACTORS:
-                    self.dropped[name], factors = "the config states what makes it", stored
-                    continue
-                renamed = self._architecture.rename(name)
-                if renamed is None or renamed in self._stored:
-                    kind = self.metadata["general.architecture"]
-                    what = "is held by two parts" if renamed else f"is none of architecture '{kind}'"
-                    raise InputError(f"{part.file}: tensor '{name}' {what}")
-                self._stored[renamed] = stored
-        self.config = read_config(self._first, self._stored, factors)
-        self._check_names()
+            if twice := self._stored.keys() & part.tensors.keys():
+                raise InputError(f"{part.file}: tensor '{min(twice)}' is held by two parts")
+            self._stored |= part.tensors
+        self.dropped = {name: "the config states what makes it" for name in COMPUTED if name in self._stored}
+        self.config = read_config(architecture, keys, self._stored)
+        held: dict[str, Lazy] = {n: _Held(n, s) for n, s in self._stored.items() if n not in self.dropped}
+        settings = Settings(self.config, self._first.file, keys.whole("nextn_predict_layers", 0))
+        self._made = backward(architecture, settings, held)
 
-    def _check_names(self) -> None:
-        """Refuses a file that lacks a tensor of its architecture, or has one too many."""
-        expected = self._architecture.names(self.config)
-        if missing := sorted(expected - self._stored.keys()):
-            others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
-            raise InputError(f"{self.path}: lacks tensor '{missing[0]}'{others}")
-        if surplus := sorted(self._stored.keys() - expected):
-            layers = self.config["num_hidden_layers"]
-            raise InputError(f"{self.path}: a model of {layers} layers has no tensor '{surplus[0]}'")
-        for name in self._stored:
-            self._heads(name)
+    @property
+    def stored(self) -> Mapping[str, Stored]:
+        """The tensors as they lie in the file, under its names and in its order."""
+        return self._stored
 
-    def _heads(self, name: str) -> int:
-        """Returns the number of heads whose rows are stored in pairs, or 0 for tensors stored as they are."""
-        leaf = name.split(".")[-2] if self._architecture.permuted else ""
-        key = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(leaf)
-        if key is None:
-            return 0
-        heads: int = self.config[key]
-        rows, head_dim = self._stored[name].shape[0], self.config["head_dim"]
-        if rows != heads * head_dim or head_dim % 2:
-            raise InputError(f"{self.path}: '{name}' has {rows} rows, not {heads} heads of {head_dim}")
-        return heads
+    @property
+    def first_file(self) -> Path:
+        """The file that holds the metadata."""
+        return self._first.file
+
+    def names_of(self, stored: str) -> tuple[str, ...]:
+        """Returns the names of the tensors that a tensor of the file is part of."""
+        return self._made_of.get(stored, ())
+
+    @cached_property
+    def _made_of(self) -> Mapping[str, tuple[str, ...]]:
+        found: dict[str, tuple[str, ...]] = {}
+        for name, tensor in self._made.items():
+            for source in tensor.sources:
+                found[source] = (*found.get(source, ()), name)
+        return found
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
         """All logical tensors, in file order."""
-        return {n: TensorInfo(n, s.shape, s.scheme, s.extent.nbytes) for n, s in self._stored.items()}
+        return {name: TensorInfo(name, t.shape, t.scheme, self._bytes(t)) for name, t in self._made.items()}
+
+    @staticmethod
+    def _bytes(tensor: Lazy) -> int:
+        return math.ceil(math.prod(tensor.shape) * tensor.scheme.bits_per_weight(tensor.shape) / 8)
 
     @property
     def quantization(self) -> dict[str, Any]:
@@ -111,37 +146,12 @@ class GGUFCheckpoint:
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Returns rows of a tensor: in its own dtype when plain, decoded to float32 when not."""
-        stored = self._stored[name]
-        rows = self._read_rows(name, start, stop)
-        if isinstance(stored.scheme, Plain):
-            return rows
-        shape = (rows.shape[0], *stored.shape[1:])
-        return QuantizedTensor(stored.scheme, shape, {"blocks": rows}).dequantize()
+        return self._made[name].read(start, stop)
 
     def file(self, name: str) -> Path:
-        """Returns the part that holds a tensor."""
-        return self._stored[name].extent.file
+        """Returns the part that holds a tensor, or the first of what it is made of."""
+        return self._stored[self._made[name].sources[0]].extent.file
 
-    def read_coded(self, name: str) -> QuantizedTensor | None:
-        """Returns the blocks of a quantized tensor, or None for a plain one."""
-        stored = self._stored[name]
-        if isinstance(stored.scheme, Plain):
-            return None
-        return QuantizedTensor(stored.scheme, stored.shape, {"blocks": self._read_rows(name, 0, None)})
-
-    def _read_rows(self, name: str, start: int, stop: int | None) -> Tensor:
-        """Returns rows as they are coded, in transformers' order.
-
-        Within a head of size d, row `half * d/2 + i` is stored as row `2 * i + half`. Only the heads that the
-        range touches are read, and blocks are moved before anything decodes them.
-        """
-        stored, heads = self._stored[name], self._heads(name)
-        if not heads:
-            return read_rows(stored.extent, start, stop)
-        size = stored.shape[0] // heads
-        stop = stored.shape[0] if stop is None else min(stop, stored.shape[0])
-        wanted = torch.arange(start, stop)
-        head, row = wanted // size, wanted % size
-        first = start // size * size
-        held = read_rows(stored.extent, first, -(-stop // size) * size)
-        return held[head * size + row % (size // 2) * 2 + row // (size // 2) - first]
+    def read_coded(self, name: str, start: int = 0, stop: int | None = None) -> QuantizedTensor | None:
+        """Returns the blocks of rows of a quantized tensor, or None for a plain one."""
+        return self._made[name].coded(start, stop)

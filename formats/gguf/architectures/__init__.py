@@ -1,66 +1,124 @@
-"""Architectures: what GGUF names and orders differently from transformers."""
+"""Architectures: what GGUF names, orders and states differently from transformers."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-_MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-_OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_BLOCK = {
-    "attn_norm": "input_layernorm",
-    **dict(zip(("attn_q", "attn_k", "attn_v", "attn_output"), _ATTENTION, strict=True)),
-    "ffn_norm": "post_attention_layernorm",
-    **dict(zip(("ffn_gate", "ffn_up", "ffn_down"), _MLP, strict=True)),
-}
-_HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+from quantize.errors import InputError
+from quantize.formats.gguf.architectures.base import Architecture
+from quantize.formats.gguf.architectures.bert import BERT
+from quantize.formats.gguf.architectures.deepseek2 import DEEPSEEK2, DEEPSEEK3
+from quantize.formats.gguf.architectures.falcon import FALCON
+from quantize.formats.gguf.architectures.gemma2 import GEMMA2
+from quantize.formats.gguf.architectures.gemma3 import GEMMA3
+from quantize.formats.gguf.architectures.gemma4 import GEMMA4
+from quantize.formats.gguf.architectures.glm4moe import GLM4MOE
+from quantize.formats.gguf.architectures.gpt2 import GPT2
+from quantize.formats.gguf.architectures.gptoss import GPT_OSS
+from quantize.formats.gguf.architectures.jamba import JAMBA
+from quantize.formats.gguf.architectures.lfm2 import LFM2
+from quantize.formats.gguf.architectures.llama import LLAMA
+from quantize.formats.gguf.architectures.llama4 import LLAMA4
+from quantize.formats.gguf.architectures.mamba import MAMBA
+from quantize.formats.gguf.architectures.mixtral import MIXTRAL
+from quantize.formats.gguf.architectures.phi3 import PHI3
+from quantize.formats.gguf.architectures.qwen2 import QWEN2
+from quantize.formats.gguf.architectures.qwen2moe import QWEN2MOE
+from quantize.formats.gguf.architectures.qwen3 import QWEN3
+from quantize.formats.gguf.architectures.qwen3moe import QWEN3MOE
+from quantize.formats.gguf.architectures.qwen3next import QWEN3NEXT
+from quantize.formats.gguf.architectures.qwen35 import QWEN35, QWEN35MOE
+from quantize.formats.gguf.architectures.settings import Keys, Settings
+from quantize.formats.gguf.architectures.starcoder2 import STARCODER2
+from quantize.formats.gguf.architectures.t5 import T5
+
+__all__ = ["ARCHITECTURES", "Architecture", "names", "of_config", "of_metadata"]
+
+# A new architecture takes a file of its own and a line here.
+ARCHITECTURES: tuple[Architecture, ...] = (
+    LLAMA,
+    MIXTRAL,
+    QWEN2,
+    QWEN2MOE,
+    QWEN3,
+    QWEN3MOE,
+    QWEN3NEXT,
+    QWEN35,
+    QWEN35MOE,
+    GEMMA2,
+    GEMMA3,
+    GEMMA4,
+    PHI3,
+    GPT2,
+    GPT_OSS,
+    DEEPSEEK2,
+    DEEPSEEK3,
+    GLM4MOE,
+    LLAMA4,
+    FALCON,
+    STARCODER2,
+    MAMBA,
+    JAMBA,
+    LFM2,
+    BERT,
+    T5,
+)
 
 
-@dataclass(frozen=True, slots=True)
-class Architecture:
-    """How one dense decoder architecture of GGUF maps to transformers.
+def names() -> list[str]:
+    """Returns what GGUF calls the architectures, in order."""
+    return list(dict.fromkeys(architecture.name for architecture in ARCHITECTURES))
 
-    Attributes:
-        model_type: Its `model_type` in config.json.
-        model_class: Its class for causal language modelling.
-        block: Modules of a block, GGUF to transformers.
-        biases: Modules of a block with a bias, by the config's flag for them; those under "" always.
-        permuted: Whether the rows of q and k are stored in rotary pairs instead of halves.
+
+def of_config(config: Mapping[str, Any], file: Path, arch: str | None = None) -> Architecture:
+    """Returns the architecture of a transformers model.
+
+    Args:
+        config: Its config.
+        file: Where it is from, for messages.
+        arch: What GGUF calls the architecture, to take it as that whatever its class.
+
+    Raises:
+        InputError: the class, or `arch`, is not known.
     """
-
-    model_type: str
-    model_class: str
-    block: Mapping[str, str]
-    biases: Mapping[str, Sequence[str]]
-    permuted: bool = False
-
-    def rename(self, name: str) -> str | None:
-        """Returns the transformers name of a tensor, or None when the architecture has no such tensor."""
-        module, _, leaf = name.rpartition(".")
-        match = re.fullmatch(r"blk\.(\d+)\.(\w+)", module)
-        if match and match[2] in self.block:
-            module = f"model.layers.{int(match[1])}.{self.block[match[2]]}"
-        else:
-            module = _OUTER.get(module, "")
-        return f"{module}.{leaf}" if module and leaf in ("weight", "bias") else None
-
-    def names(self, config: Mapping[str, Any]) -> set[str]:
-        """Returns the transformers names of all tensors that a model of `config` has."""
-        outer = [module for module in _OUTER.values() if module != "lm_head" or not config["tie_word_embeddings"]]
-        biased = {leaf for flag, leaves in self.biases.items() if config.get(flag, not flag) for leaf in leaves}
-        layers = [f"model.layers.{i}" for i in range(config["num_hidden_layers"])]
-        weights = [f"{layer}.{leaf}" for layer in layers for leaf in self.block.values()]
-        biases = {f"{layer}.{leaf}.bias" for layer in layers for leaf in biased}
-        return biases | {f"{module}.weight" for module in (*outer, *weights)}
+    text = Settings(config, file)
+    kind = text.own.get("model_type")
+    if arch is not None:
+        found = [architecture for architecture in ARCHITECTURES if architecture.name == arch]
+        if not found:
+            raise InputError(f"'{arch}' is no GGUF architecture that is known", f"known are {', '.join(names())}")
+        alike = [a for a in found if a.model_type == kind or kind in a.model_types]
+        return (alike or [a for a in found if _routes(a) == bool(text.experts)] or found)[0]
+    classes = config.get("architectures") or []
+    name = classes[0] if classes else None
+    for architecture in ARCHITECTURES:
+        if name == architecture.model_class or name in architecture.classes:
+            return architecture
+    inner = text.own is not config and any(isinstance(config.get(key), dict) for key in ("text_config", "llm_config"))
+    for architecture in ARCHITECTURES:
+        if (inner or name is None) and (kind == architecture.model_type or kind in architecture.model_types):
+            return architecture
+    raise InputError(
+        f"{file}: the model class '{name or kind}' is not known",
+        f"--arch llama takes it as a Llama; the names that --arch knows: {', '.join(names())}",
+    )
 
 
-ARCHITECTURES = {
-    "llama": Architecture(
-        "llama", "LlamaForCausalLM", _BLOCK, {"attention_bias": _ATTENTION, "mlp_bias": _MLP}, permuted=True
-    ),
-    "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", _BLOCK, {"": _ATTENTION[:3]}),
-    "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", _BLOCK | _HEAD_NORMS, {"attention_bias": _ATTENTION}),
-}
+def _routes(architecture: Architecture) -> bool:
+    return any("_exps" in target for rule in architecture.rules for target in rule.targets)
+
+
+def of_metadata(keys: Keys) -> Architecture:
+    """Returns the architecture of a GGUF file.
+
+    Raises:
+        InputError: it is not known.
+    """
+    for architecture in ARCHITECTURES:
+        if architecture.name == keys.prefix and architecture.claims(keys):
+            return architecture
+    raise InputError(
+        f"{keys.file}: GGUF architecture '{keys.prefix}' cannot be read", f"known are {', '.join(names())}"
+    )

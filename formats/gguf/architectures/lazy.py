@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -198,7 +198,10 @@ class Rows(Lazy):
         return schemes[0] if len(set(schemes)) == 1 else Plain(torch.float32)
 
     def fetch(self, start: int, stop: int, coded: bool) -> Arrays:
-        """Reads the runs of rows that the range needs, each once."""
+        """Reads the runs of rows that the range needs, each once; decodes what is wanted and no more."""
+        if not coded and isinstance(self.scheme, GGMLBlock):
+            shape = (stop - start, *self.shape[1:])
+            return {"values": QuantizedTensor(self.scheme, shape, self.fetch(start, stop, True)).dequantize()}
         wanted, out, base = self.index[start:stop], dict[str, Tensor](), 0
         for part in self.parts:
             rows = part.shape[0]
@@ -427,6 +430,3 @@ class MicroScaled(Lazy):
             return {"blocks": blocks}
         shape = (*blocks.shape[:-1], self.shape[-1])
         return {"values": QuantizedTensor(self.scheme, shape, {"blocks": blocks}).dequantize()}
-
-
-Leaves = Mapping[str, Lazy]

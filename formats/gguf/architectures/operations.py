@@ -112,7 +112,10 @@ def _mapped(forward: Callable[[Tensor], Tensor], backward: Callable[[Tensor], Te
     return Operation(lambda s, t: [Mapped(t[0], forward)], lambda s, t: [Mapped(t[0], backward)])
 
 
-def reshape(forward: Callable[[Settings, Lazy], tuple[int, ...]], backward: Callable[[Settings, Lazy], tuple[int, ...]]) -> Operation:  # noqa: E501
+ShapeOf = Callable[["Settings", Lazy], tuple[int, ...]]
+
+
+def reshape(forward: ShapeOf, backward: ShapeOf) -> Operation:
     """Returns a change of shape, from settings and the tensor."""
     return Operation(
         lambda s, t: [Reshaped(t[0], forward(s, t[0]))],
@@ -150,12 +153,14 @@ ONE = reshape(lambda s, t: (1,), lambda s, t: (1,))
 GATE_UP = split_inner(halves)
 
 
-def _in_pairs(heads: int, count: int) -> Tensor:
+def _in_pairs(settings: Settings, heads: int, count: int) -> Tensor:
     """Returns the source rows of each row: the two halves of a head by turns."""
+    if count != heads * settings.head_dim or settings.head_dim % 2:
+        raise ValueError(f"it has {count} rows, not {heads} heads of {settings.head_dim}")
     return torch.arange(count).reshape(heads, 2, -1).transpose(1, 2).flatten()
 
 
 #: Rows of the query in rotary pairs, where transformers has the two halves of each head apart.
-QUERY = rows(lambda s, count: _in_pairs(s.heads, count))
+QUERY = rows(lambda s, count: _in_pairs(s, s.heads, count))
 #: The same of the key, which may have fewer heads.
-KEY = rows(lambda s, count: _in_pairs(s.kv_heads, count))
+KEY = rows(lambda s, count: _in_pairs(s, s.kv_heads, count))

@@ -1,0 +1,106 @@
+"""T5: an encoder and a decoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from quantize.formats.gguf.architectures.base import HEAD, Architecture, Form, Rule, Where, always, weight
+from quantize.formats.gguf.architectures.settings import RMS, Field, Keys, Settings
+from quantize.formats.gguf.metadata import Value, f32, u32
+
+
+def _decoders(settings: Settings) -> int:
+    return int(settings.get("num_decoder_layers", default=settings.layers))
+
+
+def gated(settings: Settings, block: int) -> bool:
+    """In models whose MLP has a gate."""
+    return str(settings.get("feed_forward_proj", default="relu")).startswith("gated")
+
+
+def _first(settings: Settings, block: int) -> bool:
+    return block == 0
+
+
+def _side(short: str, long: str, mlp: int, count: Any) -> tuple[Rule, ...]:
+    """Returns the rules of encoder or decoder; `mlp` is the number of the MLP among a block's parts."""
+
+    def rule(target: str, source: str, where: Where = always) -> Rule:
+        form = Form((f"{long}.block.{{n}}.layer.{source}.weight",))
+        return Rule((f"{short}.blk.{{n}}.{target}.weight",), (form,), where, count=count)
+
+    dense = f"{mlp}.DenseReluDense"
+    return (
+        rule("attn_norm", "0.layer_norm"),
+        *(rule(f"attn_{part}", f"0.SelfAttention.{part}") for part in "qkvo"),
+        rule("attn_rel_b", "0.SelfAttention.relative_attention_bias", _first),
+        rule("ffn_norm", f"{mlp}.layer_norm"),
+        rule("ffn_gate", f"{dense}.wi_0", gated),
+        rule("ffn_up", f"{dense}.wi_1", gated),
+        rule("ffn_up", f"{dense}.wi", lambda settings, block: not gated(settings, block)),
+        rule("ffn_down", f"{dense}.wo"),
+    )
+
+
+def _cross() -> tuple[Rule, ...]:
+    def rule(target: str, source: str) -> Rule:
+        form = Form((f"decoder.block.{{n}}.layer.1.{source}.weight",))
+        return Rule((f"dec.blk.{{n}}.cross_attn_{target}.weight",), (form,), count=_decoders)
+
+    return (rule("norm", "layer_norm"), *(rule(part, f"EncDecAttention.{part}") for part in "qkvo"))
+
+
+def _more(settings: Settings) -> dict[str, Value]:
+    size = settings.head_dim
+    return {"attention.key_length": u32(size), "attention.value_length": u32(size)}
+
+
+def _back(keys: Keys, shapes: Any) -> dict[str, Any]:
+    gate = "enc.blk.0.ffn_gate.weight" in shapes
+    return {
+        "num_layers": keys.whole("block_count"),
+        "d_kv": keys.whole("attention.key_length"),
+        "feed_forward_proj": "gated-gelu" if gate else "relu",
+        "is_encoder_decoder": True,
+    }
+
+
+def _check(settings: Settings) -> None:
+    settings.require("feed_forward_proj", "relu", "gated-gelu")
+
+
+_EMBEDDINGS = ("shared", "encoder.embed_tokens", "decoder.embed_tokens")
+
+T5 = Architecture(
+    "t5",
+    "t5",
+    "T5ForConditionalGeneration",
+    rules=(
+        Rule(("token_embd.weight",), tuple(Form((f"{name}.weight",)) for name in _EMBEDDINGS)),
+        weight("enc.output_norm", "encoder.final_layer_norm"),
+        weight("dec.output_norm", "decoder.final_layer_norm"),
+        Rule(("output.weight",), (Form(("lm_head.weight",)),), group=HEAD),
+        *_side("enc", "encoder", 1, lambda settings: settings.layers),
+        *_side("dec", "decoder", 2, _decoders),
+        *_cross(),
+    ),
+    fields=(
+        Field("context_length", ("n_positions", "max_position_embeddings"), default=512, optional=True),
+        Field("embedding_length", ("d_model", "hidden_size")),
+        Field("feed_forward_length", ("d_ff",)),
+        Field("decoder_block_count", ("num_decoder_layers",), optional=True),
+        Field("attention.head_count", ("num_heads",)),
+        Field("attention.layer_norm_epsilon", ("layer_norm_epsilon",), f32),
+        Field(RMS.key, ("layer_norm_epsilon",), f32),
+        Field("attention.relative_buckets_count", ("relative_attention_num_buckets",)),
+        Field("decoder_start_token_id", ("decoder_start_token_id",), optional=True),
+    ),
+    layer="encoder.block.{n}",
+    classes=("T5WithLMHeadModel", "MT5ForConditionalGeneration", "UMT5ForConditionalGeneration"),
+    prefix="",
+    rotated=None,
+    more=_more,
+    back=_back,
+    check=_check,
+    drops={r"(encoder|decoder)\.embed_tokens\.weight$|^shared\.weight$": "the embedding once more"},
+)

@@ -1,0 +1,96 @@
+"""GGUF files of every architecture in llama.cpp's own library, against transformers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import gguf_models
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from quantize.formats.folder import FolderCheckpoint
+from quantize.formats.gguf.view import GGUFView
+
+PEERS = Path(os.environ.get("QUANTIZE_PEERS", Path(__file__).parents[2] / ".peers"))
+FOLDER = Path(os.environ.get("QUANTIZE_LLAMA_CPP", PEERS / "llamacpp/bin")).absolute()
+SCRIPT = Path(__file__).parent / "scripts/llamacpp_logits.py"
+TOKENS = 32
+# Mean KL divergence in nats of the next token's distribution: F32 shows a wrong formula, the others rounding.
+LIMITS = {"F32": 1e-7, "F16": 1e-5, "BF16": 5e-4, "Q8_0": 5e-3}
+
+pytestmark = [
+    pytest.mark.peer,
+    pytest.mark.skipif(
+        not (FOLDER / "libllama.so").exists(), reason=f"no libllama.so in {FOLDER}: set QUANTIZE_LLAMA_CPP"
+    ),
+]
+
+
+def token_ids() -> list[int]:
+    """The prompt: ids that are no special tokens."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(3, gguf_models.VOCABULARY, (TOKENS,), generator=generator).tolist()
+
+
+def expected(model: Any, ids: list[int]) -> Tensor:
+    """What transformers computes: logits `[tokens, vocabulary]`, or hidden states where there is no head."""
+    batch = torch.tensor([ids])
+    more = {"decoder_input_ids": batch} if model.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        out = model(input_ids=batch, use_cache=False, **more)
+    found: Tensor = out.logits[0] if hasattr(out, "logits") else out.last_hidden_state[0]
+    return found.float()
+
+
+def by_llamacpp(path: Path, ids: list[int], kind: str) -> Tensor:
+    """What llama.cpp computes, in a process of its own: it ends with the process on a file that it does not like."""
+    (path.parent / "ids.json").write_text(json.dumps(ids))
+    out = path.with_suffix(".npy")
+    command = [sys.executable, SCRIPT, FOLDER, path, path.parent / "ids.json", out, kind]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.from_numpy(np.load(out))
+
+
+def divergence(base: Tensor, other: Tensor) -> float:
+    """Mean KL divergence over the tokens, in nats."""
+    p, q = (torch.log_softmax(logits.double(), -1) for logits in (base, other))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@pytest.fixture(scope="module")
+def rows() -> Iterator[list[str]]:
+    table: list[str] = []
+    yield table
+    print("\n" + "\n".join(table))
+
+
+@pytest.mark.parametrize("name", gguf_models.MODELS)
+def test_logits_are_those_of_transformers(name: str, tmp_path: Path, rows: list[str]) -> None:
+    model = gguf_models.build(name)
+    model.save_pretrained(tmp_path / "model")
+    view = GGUFView(FolderCheckpoint(tmp_path / "model"))
+    ids = token_ids()
+    base = expected(model, ids)
+    kind = "logits" if base.shape[-1] == gguf_models.VOCABULARY else "embeddings"
+    measured = {}
+    for label in LIMITS:
+        path = gguf_models.write_gguf(view, tmp_path / f"{label}.gguf", gguf.GGMLQuantizationType[label])
+        found = by_llamacpp(path, ids, kind)
+        if kind == "embeddings":  # no distribution: the share of the states' power that differs
+            measured[label] = float(((found - base).double().square().sum() / base.double().square().sum()))
+        else:
+            measured[label] = divergence(base, found)
+    spread = float(base.std(-1).mean())
+    rows.append(f"{name:20} spread {spread:6.2f}  " + "  ".join(f"{k} {v:.1e}" for k, v in measured.items()))
+    print(rows[-1])
+    assert {k for k, v in measured.items() if v > LIMITS[k]} == set(), rows[-1]
