@@ -16,6 +16,9 @@ _KEYS = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad"
 _END_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<EOT>", "_<EOT>", "[EOT]",
                 "<end_of_utterance>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<|endoftext|>")  # fmt: skip
 _END_OF_MESSAGE = ("<|eom_id|>",)
+# Texts that end a generation wherever they stand in a vocabulary: such a token is special to llama.cpp.
+ENDS = frozenset({*_END_OF_TURN, *_END_OF_MESSAGE, "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "[EOS]", "<eos>",
+                  "<turn|>", "[e~["})  # fmt: skip
 _INFILL = {
     "fim_pre": ("<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<｜fim▁begin｜>", "<PRE>", "▁<PRE>",
                 "<|code_prefix|>", "<|prefix|>"),
