@@ -20,7 +20,7 @@ from torch import Tensor
 from quantize.errors import InputError, UsageError
 from quantize.formats.container import Extent, read_rows
 from quantize.formats.gguf.byteorder import can_swap, swap_blocks
-from quantize.formats.gguf.header import SHORT, Field, Header, journal_path, open_header
+from quantize.formats.gguf.header import SHORT, Field, Header, open_header
 from quantize.formats.gguf.metadata import ALIGNMENT, LETTERS, Kind, Value
 from quantize.kernels.cpu.ggml import BLOCKS
 from quantize.schemes import DTYPES, GGMLBlock, Plain, Scheme, Shape
@@ -112,11 +112,6 @@ def read_part(file: Path) -> Part:
     Raises:
         InputError: the file is missing, no GGUF file, of an unreadable version, truncated, or several joined.
     """
-    if (journal := journal_path(file)).exists():
-        raise InputError(
-            f"{file}: an edit of its header was interrupted",
-            f"repeat the edit; if it is another file now, remove {journal}",
-        )
     with open_header(file) as header:
         return _read_header(header)
 

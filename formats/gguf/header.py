@@ -201,8 +201,11 @@ def open_header(file: Path) -> Iterator[Header]:
     """A context with the header of one GGUF file, at its first byte.
 
     Raises:
-        InputError: the file is missing, truncated or no GGUF file.
+        InputError: the file is missing, truncated or no GGUF file, or an edit of it was interrupted.
     """
+    if (journal := journal_path(file)).exists():
+        hint = f"repeat the edit; if it is another file now, remove {journal.name}"
+        raise InputError(f"{file}: an edit of its header was interrupted", hint)
     try:
         with file.open("rb") as stream:
             start = stream.read(8)

@@ -29,7 +29,7 @@ from quantize.formats.gguf.split import parse_size, part_names, split, split_met
 from quantize.kernels.cpu.ggml import BLOCKS
 from quantize.schemes import DTYPES, GGMLBlock, Plain, Scheme
 
-FILE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+FILE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
 PLAIN = sorted(name for name, block in BLOCKS.items() if block.weights == 1)
 GRIDS = [name for name, block in BLOCKS.items() if block.weights > 1 and name != "q2_0"]  # gguf 0.19 lacks q2_0
 # The blocks as C declares them, to be packed in either byte order.
