@@ -79,6 +79,7 @@ BLOCKS: dict[str, Block] = {
 _HERE = "quantize.kernels.cpu."
 _SIMPLE, _TERNARY, _FP4 = _HERE + "simple", _HERE + "ternary", _HERE + "fp4"
 _KQUANTS, _IQ4, _DECODE = _HERE + "kquants", _HERE + "iq4", _HERE + "decode"
+_GRID23, _GRID1, _GRID_DECODE = _HERE + "grid23", _HERE + "grid1", _HERE + "griddecode"
 
 # Type -> module and function. The author of a type adds it here.
 ENCODERS: dict[str, tuple[str, str]] = {
@@ -87,9 +88,14 @@ ENCODERS: dict[str, tuple[str, str]] = {
     **{name: (_FP4, f"encode_{name}") for name in ("mxfp4", "nvfp4")},
     **{name: (_KQUANTS, f"encode_{name}") for name in ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k")},
     **{name: (_IQ4, f"encode_{name}") for name in ("iq4_nl", "iq4_xs")},
+    **{name: (_GRID23, f"encode_{name}") for name in ("iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s")},
+    **{name: (_GRID1, f"encode_{name}") for name in ("iq1_s", "iq1_m")},
 }
 
-DECODERS: dict[str, tuple[str, str]] = {name: (_DECODE, f"decode_{name}") for name in ENCODERS}
+DECODERS: dict[str, tuple[str, str]] = {
+    name: (_GRID_DECODE if module in (_GRID23, _GRID1) else _DECODE, f"decode_{name}")
+    for name, (module, _) in ENCODERS.items()
+}
 
 # Types whose search makes no sense without importance; llama.cpp ends the program.
 NEEDS_IMPORTANCE = frozenset({"iq2_xxs", "iq2_xs", "iq1_s"})
