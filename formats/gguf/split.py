@@ -15,6 +15,7 @@ from quantize.formats.gguf.metadata import ALIGNMENT, Kind, Value
 
 SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
 _MOST_PARTS = 65535
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 _SIZE = re.compile(r"(\d+)([KMG]?)B?", re.IGNORECASE)
 
 
@@ -95,4 +96,4 @@ def parse_size(text: str) -> int:
     match = _SIZE.fullmatch(text.strip())
     if match is None or int(match[1]) == 0:
         raise UsageError(f"'{text}' is no size", "say a number with K, M or G, such as 2G")
-    return int(match[1]) * 1000 ** " KMG".index(match[2].upper() or " ")
+    return int(match[1]) * _UNITS[match[2].upper()]
