@@ -47,7 +47,7 @@ class Edited:
     Attributes:
         changed: Keys whose value is another now, or gone; empty when everything was so already.
         in_place: Whether the tensors stayed where they are.
-        written: Bytes written.
+        written: Bytes of the header, or of the file where it was copied; 0 where nothing changed.
     """
 
     changed: tuple[str, ...]
