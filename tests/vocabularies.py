@@ -5,9 +5,12 @@ from __future__ import annotations
 import functools
 import io
 import json
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import gguf
 from tokenizers import (
     AddedToken,
     Regex,
@@ -21,7 +24,9 @@ from tokenizers import (
 )
 
 from quantize.calib_data import read_text
+from quantize.formats.gguf.metadata import Value
 from quantize.formats.gguf.pretokenizers import pre_tokenizer, takes_whole
+from quantize.formats.gguf.sentencepiece_model import read_model
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 HARD = """Hello World! 🚀🦙 (normal) 😶\u200d🌫️ (joined) 👩\u200d👩\u200d👧\u200d👦 ✅ <|im_start|>user
@@ -44,12 +49,27 @@ camelCase HTTPServer snake_case kebab-case https://example.com/a?b=c&d=%20
 MARKED = "e\u0301a\u0300 n\u0303 नमस्ते दुनिया कैसे हो ก็ ภาษาไทย ÀÉÎõü ŁÓDŹ ПРИВЕТ МИР ΑΒΓ"
 
 
+def _kept(make: Callable[..., Tokenizer]) -> Callable[..., Tokenizer]:
+    """Trains once for the same arguments; every caller gets a tokenizer of its own."""
+
+    @functools.cache
+    def content(*args: Any, **more: Any) -> str:
+        return make(*args, **more).to_str()
+
+    @functools.wraps(make)
+    def copy(*args: Any, **more: Any) -> Tokenizer:
+        return Tokenizer.from_str(content(*args, **more))
+
+    return copy
+
+
 @functools.cache
 def text() -> str:
     """About 300 000 characters: prose, code, mathematics and many languages."""
     return read_text("default:train")
 
 
+@_kept
 def byte_level(pre: str, *, bos: bool = False, size: int = 1500, spaces: bool = True) -> Tokenizer:
     """A byte-level BPE that splits text as llama.cpp's `pre` does, with special and other added tokens."""
     whole = takes_whole(pre)
@@ -78,6 +98,7 @@ def _splitter(node: dict[str, Any] | None) -> Any:
     return Tokenizer.from_str(json.dumps(whole | {"added_tokens": []})).pre_tokenizer
 
 
+@_kept
 def word_piece(*, lowercase: bool = True) -> Tokenizer:
     """BERT's kind."""
     made = Tokenizer(models.WordPiece(unk_token="[UNK]"))
@@ -115,6 +136,7 @@ def sentencepiece(kind: str) -> bytes:
     return made.getvalue()
 
 
+@_kept
 def llama2(*, legacy: bool = True) -> Tokenizer:
     """The `tokenizer.json` of a sentencepiece BPE model, as transformers makes it of one."""
     from quantize.formats.gguf.merges import pairs_of
@@ -138,11 +160,13 @@ def llama2(*, legacy: bool = True) -> Tokenizer:
     return made
 
 
+@_kept
 def t5() -> Tokenizer:
     """The `tokenizer.json` of a Unigram model, as transformers makes it of one."""
-    from quantize.formats.gguf.sentencepiece_model import _model
-
-    held = _model(sentencepiece("unigram"))
+    with tempfile.TemporaryDirectory() as folder:
+        (file := Path(folder) / "tokenizer.model").write_bytes(sentencepiece("unigram"))
+        held = read_model(file)
+    assert held is not None
     made = Tokenizer(models.Unigram([(name, score) for name, score, _ in held.pieces], unk_id=2, byte_fallback=False))
     made.normalizer = normalizers.Sequence(
         [
@@ -180,3 +204,24 @@ def save(made: Tokenizer, folder: Path, **settings: Any) -> dict[str, Path]:
 def files(folder: Path) -> dict[str, Path]:
     """Every file of a folder by its relative name."""
     return {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def write_gguf(path: Path, metadata: Mapping[str, Value], arch: str = "llama") -> Path:
+    """Writes a file that holds a vocabulary and no tensors, with the gguf package's writer."""
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_context_length(512)
+    writer.add_embedding_length(64)
+    writer.add_block_count(1)
+    writer.add_head_count(4)
+    writer.add_feed_forward_length(64)
+    writer.add_layer_norm_rms_eps(1e-5)
+    for key, value in metadata.items():
+        kind = gguf.GGUFValueType(int(value.kind))
+        if value.array:
+            writer.add_key_value(key, value.data, gguf.GGUFValueType.ARRAY, sub_type=kind)
+        else:
+            writer.add_key_value(key, value.data, kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from quantize.errors import InputError
 from quantize.formats.gguf.container import Part
 from quantize.formats.gguf.merges import Pair, pairs_of
@@ -228,9 +230,10 @@ def _unigram(held: Vocabulary) -> dict[str, Any]:
         steps.append(_PREPEND)  # also where the text starts with a space, which the next step would take for it
     scheme = "always" if squeeze or spaced else "never"
     marks = {"type": "Metaspace", "replacement": _SPACE, "prepend_scheme": scheme, "split": False}
-    scores = _array(held.part, "scores", len(held.texts), 0.0)
+    # As float32 holds them, not as their shortest decimals: llama.cpp adds these up in double precision too.
+    scores = np.asarray(_array(held.part, "scores", len(held.texts), 0.0), dtype=np.float32).tolist()
     wanted = [
-        [text, 0.0 if kind == USER_DEFINED else float(score)]
+        [text, 0.0 if kind == USER_DEFINED else score]
         for text, score, kind in zip(held.texts, scores, held.types, strict=True)
     ]
     while wanted and held.types[len(wanted) - 1] == UNUSED and wanted[-1][0] == f"[PAD{len(wanted) - 1}]":

@@ -110,7 +110,7 @@ def _message(value: int | float | bytes) -> dict[int, int | float | bytes]:
 
 
 def _model(data: bytes) -> SentencePieceModel:
-    model = SentencePieceModel()
+    model, trained = SentencePieceModel(), False
     for number, value in _fields(data):
         if number == 1:
             held = _message(value)
@@ -119,11 +119,13 @@ def _model(data: bytes) -> SentencePieceModel:
                 raise ValueError("a piece that is no text")
             model.pieces.append((text.decode(), float(held.get(2, 0.0)), int(held.get(3, NORMAL))))
         elif number == 2:
-            held = _message(value)
+            held, trained = _message(value), True
             model.kind, model.suffix = int(held.get(3, _UNIGRAM)), bool(held.get(24, 0))
         elif number == 3:
             held = _message(value)
             charsmap = held.get(2, b"")
             model.charsmap = charsmap if isinstance(charsmap, bytes) else b""
             model.prefix, model.squeeze = bool(held.get(3, 1)), bool(held.get(4, 1))
+    if not trained:
+        raise ValueError("truncated: how it was made stands behind the pieces")
     return model

@@ -16,6 +16,12 @@ _KEYS = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad"
 _END_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<EOT>", "_<EOT>", "[EOT]",
                 "<end_of_utterance>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<|endoftext|>")  # fmt: skip
 _END_OF_MESSAGE = ("<|eom_id|>",)
+# What the classes of transformers take where a tokenizer's settings name nothing, by llama.cpp's name of the kind.
+_USUAL = {
+    "bert": {"cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "unk": "[UNK]", "mask": "[MASK]"},
+    "t5": {"eos": "</s>", "pad": "<pad>", "unk": "<unk>"},
+    "llama": {"bos": "<s>", "eos": "</s>", "unk": "<unk>"},
+}
 # Texts that end a generation wherever they stand in a vocabulary: such a token is special to llama.cpp.
 ENDS = frozenset({*_END_OF_TURN, *_END_OF_MESSAGE, "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "[EOS]", "<eos>",
                   "<turn|>", "[e~["})  # fmt: skip
@@ -69,7 +75,7 @@ def read_frame(processor: Mapping[str, Any] | None) -> Frame | None:
     return Frame(tuple(spelled[n] for n in before if n is not None), tuple(spelled[n] for n in after))
 
 
-def special_tokens(files: SideFiles, ids: Mapping[str, int], rows: int) -> dict[str, Value]:
+def special_tokens(files: SideFiles, ids: Mapping[str, int], rows: int, kind: str) -> dict[str, Value]:
     """Returns the header's keys of the tokens with a task, and whether BOS and EOS are put around a text.
 
     An id is written whether or not its token is put there: chat templates and programs use it all the same.
@@ -78,8 +84,9 @@ def special_tokens(files: SideFiles, ids: Mapping[str, int], rows: int) -> dict[
         files: The model's small files; what cannot be said in a header is noted with them.
         ids: Every token's id by its text in those files.
         rows: The number of the embedding's rows.
+        kind: llama.cpp's name of the kind of tokenizer.
     """
-    found = _named(files, ids)
+    found = _named(files, ids, kind)
     frame = read_frame(files.definition.get("post_processor"))
     flags = _flags(files, found, ids, frame)
     _ends(files, found, ids)
@@ -109,7 +116,7 @@ def _content(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _named(files: SideFiles, ids: Mapping[str, int]) -> dict[str, int]:
+def _named(files: SideFiles, ids: Mapping[str, int], kind: str) -> dict[str, int]:
     """Returns ids by task, from the tokenizer's settings first, then from the model's."""
     config = files.config
     text_config = config.get("text_config")
@@ -128,6 +135,9 @@ def _named(files: SideFiles, ids: Mapping[str, int]) -> dict[str, int]:
     unknown = files.definition.get("model", {}).get("unk_token")
     if isinstance(unknown, str) and unknown in ids:
         found.setdefault("unk", ids[unknown])
+    for name, text in _USUAL.get(kind, {}).items():
+        if text in ids:
+            found.setdefault(name, ids[text])
     if "cls" in found:
         found.setdefault("bos", found["cls"])
     if "sep" in found:
@@ -158,7 +168,8 @@ def _flags(files: SideFiles, found: dict[str, int], ids: Mapping[str, int], fram
             if name == "eos" and name in found:
                 found["eot"] = found[name]
             found[name] = ids[token]
-    if frame.pairs and "sep" in found:
+    if frame.pairs and flags["eos"]:
+        found.setdefault("sep", found["eos"])
         flags["sep"] = True
     return flags
 

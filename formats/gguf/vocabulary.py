@@ -112,7 +112,7 @@ def tokenizer_metadata(
     }
     if kind in ("llama", "t5"):
         found["tokenizer.ggml.scores"] = floats(tokens.scores)
-    found |= values | special_tokens(files, tokens.ids, rows)
+    found |= values | special_tokens(files, tokens.ids, rows, kind)
     if kind == "rwkv":
         found |= {f"tokenizer.ggml.{name}_token_id": u32(0) for name in ("bos", "eos")}
         found["tokenizer.ggml.eot_token_id"] = u32(261)  # two line ends
