@@ -12,7 +12,7 @@ import numpy as np
 
 from quantize.kernels.cpu import packing, search
 from quantize.kernels.cpu.numeric import compiled
-from quantize.kernels.cpu.search import LANES, SCALE, STATE, TILE, nearest
+from quantize.kernels.cpu.search import LANES, SCALE, STATE, TILE, nearest, pick
 
 _BLOCK, _SUPER = 32, 256
 _ZERO, _ONE, _TWO, _LOWEST = np.float32(0), np.float32(1), np.float32(2), np.float32(-127)
@@ -37,21 +37,21 @@ def encode_iq4_xs(x: Any, importance: Any, out: Any) -> None:
 def _value(v: Any) -> Any:
     """Returns the entry of `VALUES` nearest to a float32, as float32."""
     q = _LOWEST
-    q = np.float32(-104) if v >= np.float32(-115.5) else q
-    q = np.float32(-83) if v >= np.float32(-93.5) else q
-    q = np.float32(-65) if v >= np.float32(-74) else q
-    q = np.float32(-49) if v >= np.float32(-57) else q
-    q = np.float32(-35) if v >= np.float32(-42) else q
-    q = np.float32(-22) if v >= np.float32(-28.5) else q
-    q = np.float32(-10) if v >= np.float32(-16) else q
-    q = np.float32(1) if v >= np.float32(-4.5) else q
-    q = np.float32(13) if v >= np.float32(7) else q
-    q = np.float32(25) if v >= np.float32(19) else q
-    q = np.float32(38) if v >= np.float32(31.5) else q
-    q = np.float32(53) if v >= np.float32(45.5) else q
-    q = np.float32(69) if v >= np.float32(61) else q
-    q = np.float32(89) if v >= np.float32(79) else q
-    return np.float32(113) if v >= np.float32(101) else q
+    q = pick(v >= np.float32(-115.5), np.float32(-104), q)
+    q = pick(v >= np.float32(-93.5), np.float32(-83), q)
+    q = pick(v >= np.float32(-74), np.float32(-65), q)
+    q = pick(v >= np.float32(-57), np.float32(-49), q)
+    q = pick(v >= np.float32(-42), np.float32(-35), q)
+    q = pick(v >= np.float32(-28.5), np.float32(-22), q)
+    q = pick(v >= np.float32(-16), np.float32(-10), q)
+    q = pick(v >= np.float32(-4.5), np.float32(1), q)
+    q = pick(v >= np.float32(7), np.float32(13), q)
+    q = pick(v >= np.float32(19), np.float32(25), q)
+    q = pick(v >= np.float32(31.5), np.float32(38), q)
+    q = pick(v >= np.float32(45.5), np.float32(53), q)
+    q = pick(v >= np.float32(61), np.float32(69), q)
+    q = pick(v >= np.float32(79), np.float32(89), q)
+    return pick(v >= np.float32(101), np.float32(113), q)
 
 
 _HALFWAY = tuple(np.float32((a + b) / 2) for a, b in zip(VALUES, VALUES[1:], strict=False))
@@ -113,13 +113,13 @@ def _search(x: Any, w: Any, state: Any) -> None:
     for i in range(0, TILE, LANES):
         for k in range(LANES):
             v, m = x[i + k], state[_LARGEST + k]
-            state[_LARGEST + k] = v if abs(v) > abs(m) else m
+            state[_LARGEST + k] = pick(abs(v) > abs(m), v, m)
     for k in range(LANES):
         state[_TRY + k] = _ONE / (-state[_LARGEST + k] / _LOWEST)
     _sums(x, w, state)
     for k in range(LANES):
         qx, qq = state[_QX + k], state[_QQ + k]
-        scale = qx / qq if qq > _ZERO else _ZERO
+        scale = pick(qq > _ZERO, qx / qq, _ZERO)
         state[SCALE + k], state[_BEST + k] = scale, scale * qx
     for t in range(-7, 8):
         for k in range(LANES):
@@ -129,8 +129,8 @@ def _search(x: Any, w: Any, state: Any) -> None:
             qx, qq = state[_QX + k], state[_QQ + k]
             better = (qq > _ZERO) & (qx * qx > state[_BEST + k] * qq)
             scale = qx / qq
-            state[SCALE + k] = scale if better else state[SCALE + k]
-            state[_BEST + k] = scale * qx if better else state[_BEST + k]
+            state[SCALE + k] = pick(better, scale, state[SCALE + k])
+            state[_BEST + k] = pick(better, scale * qx, state[_BEST + k])
     for k in range(LANES):
         if abs(state[_LARGEST + k]) < _TINY:
             state[SCALE + k] = _ZERO

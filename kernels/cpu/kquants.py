@@ -15,6 +15,7 @@ from quantize.kernels.cpu.numeric import compiled
 from quantize.kernels.cpu.search import BASE, INVERSE, LANES, LOW, SCALE, STATE, TILE, WEIGHT, level, nearest
 
 _SUPER = 256
+_BATCH = 64 * _SUPER
 _ZERO, _ONE, _TWO = np.float32(0), np.float32(1), np.float32(2)
 _TINY = np.float32(1e-15)
 
@@ -172,41 +173,99 @@ def _choose_offset(
 
 @compiled
 def _encode_q3_k(x: Any, importance: Any, out: Any) -> None:
+    weighted = importance.size > 0
     tile, weights, work = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32)
-    state, variance, levels = np.empty(STATE, np.float32), np.zeros(LANES, np.float32), np.empty(TILE, np.float32)
-    codes, packed, top = np.empty(16, np.uint8), np.empty(_SUPER, np.uint8), np.float32(4)
-    for start in range(0, x.size, LANES * 16):
-        count = min(LANES, (x.size - start) // 16)
-        search.load(x, start, count, 16, x.size, tile)
-        if importance.size > 0:
-            search.load(importance, start, count, 16, importance.size, weights)
-            _variances(x, start, count, 16, _TWO, variance)
-            search.weigh_importance(tile, 16, weights, variance)
-            search.sum_weights(weights, 16, state)
-            search.search_signed(tile, weights, work, 16, top, state)
+    levels, state, variance = np.empty(TILE, np.float32), np.empty(2 * STATE, np.float32), np.zeros(LANES, np.float32)
+    codes, units, packed = np.empty(16, np.uint8), np.empty(16, np.float32), np.empty(_SUPER, np.uint8)
+    scales, sums = np.empty(_BATCH // 16, np.float32), np.empty(_BATCH // 16, np.float32)
+    inverses = np.zeros(_BATCH // 16, np.float32)
+    waiting, pending = np.empty(TILE, np.float32), np.empty(LANES, np.int64)
+    for start in range(0, x.size, _BATCH):
+        part = x[start : start + _BATCH]
+        if weighted:
+            for first in range(0, part.size, LANES * 16):
+                count, lane = min(LANES, (part.size - first) // 16), first // 16
+                search.load(part, first, count, 16, part.size, tile)
+                search.load(importance, start + first, count, 16, importance.size, weights)
+                _variances(part, first, count, 16, _TWO, variance)
+                search.weigh_importance(tile, 16, weights, variance)
+                search.sum_weights(weights, 16, state)
+                search.search_signed(tile, weights, work, 16, np.float32(4), state)
+                scales[lane : lane + count] = state[SCALE : SCALE + count]
+                sums[lane : lane + count] = state[WEIGHT : WEIGHT + count]
+                inverses[lane : lane + count] = state[INVERSE : INVERSE + count]
         else:
-            search.refine_signed(tile, weights, work, levels, 16, top, state)
-        for b in range(count // 16):
-            at, lane = (start // _SUPER + b) * 110, 16 * b
-            scales = state[SCALE + lane : SCALE + lane + 16]
-            if importance.size > 0:
+            _refine_batch(part, tile, waiting, pending, weights, work, levels, state, scales)
+        for b in range(part.size // _SUPER):
+            at, lane, block = (start // _SUPER + b) * 110, 16 * b, part[b * _SUPER : (b + 1) * _SUPER]
+            if weighted:
                 d = search.search_signed_scales(
-                    scales, state[WEIGHT + lane : WEIGHT + lane + 16], 16, np.float32(32), codes
+                    scales[lane : lane + 16], sums[lane : lane + 16], 16, np.float32(32), codes
                 )
             else:
-                d = _round_signed(scales, codes)
+                d = _round_signed(scales[lane : lane + 16], codes)
             d = packing.put_half(d, out, at + 108)
             packing.pack_signed_scales(codes, out, at + 96)
             for j in range(16):
-                part = x[start + b * _SUPER + 16 * j : start + b * _SUPER + 16 * j + 16]
-                scale = d * np.float32(np.int32(codes[j]) - 32)
-                if scale != _ZERO or importance.size > 0:
-                    _choose_signed(part, scale, state[INVERSE + lane + j], top, packed[16 * j : 16 * j + 16])
-                else:
-                    for i in range(16):
-                        packed[16 * j + i] = np.int32(levels[LANES * i + lane + j] + top)
+                units[j] = d * np.float32(np.int32(codes[j]) - 32)
+            if not _choose_signed(block, units, inverses[lane : lane + 16], np.float32(4), packed) and not weighted:
+                search.load(block, 0, 16, 16, _SUPER, tile)
+                search.refine_signed(tile, weights, work, levels, 16, np.float32(4), state)
+                for j in range(16):
+                    if units[j] == _ZERO:
+                        for i in range(16):
+                            packed[16 * j + i] = np.int32(levels[LANES * i + j] + np.float32(4))
             packing.pack_bit_planes(packed, 2, out, at)
             packing.pack_pairs(packed, out, at + 32)
+
+
+@compiled
+def _refine_batch(
+    x: Any, tile: Any, waiting: Any, pending: Any, weights: Any, work: Any, levels: Any, state: Any, scales: Any
+) -> None:
+    """Sets the scales of all sub-blocks of a batch; those that are not settled at once wait until they fill a tile.
+
+    Args:
+        x: float32, flat.
+        tile: Tile to work in, as are `waiting`, `weights`, `work` and `levels`.
+        waiting: See `tile`.
+        pending: int64 [64] to work in: which sub-blocks wait.
+        weights: See `tile`.
+        work: See `tile`.
+        levels: See `tile`.
+        state: To work in.
+        scales: float32, one for each sub-block; overwritten.
+    """
+    queued = 0
+    for first in range(0, x.size, LANES * 16):
+        count = min(LANES, (x.size - first) // 16)
+        search.load(x, first, count, 16, x.size, tile)
+        search.settle_signed(tile, 16, np.float32(4), state)
+        for k in range(count):
+            scales[first // 16 + k] = state[SCALE + k]
+            if state[WEIGHT + k] > _ZERO:
+                pending[queued] = first // 16 + k
+                queued += 1
+                if queued == LANES:
+                    # `state` is still needed for the lanes that follow.
+                    _refine_waiting(x, pending, queued, waiting, weights, work, levels, state[STATE:], scales)
+                    queued = 0
+    if queued > 0:
+        _refine_waiting(x, pending, queued, waiting, weights, work, levels, state[STATE:], scales)
+
+
+@compiled
+def _refine_waiting(
+    x: Any, pending: Any, count: int, tile: Any, weights: Any, work: Any, levels: Any, state: Any, scales: Any
+) -> None:
+    for k in range(LANES):
+        first = 16 * pending[min(k, count - 1)]
+        values = x[first : first + 16]
+        for i in range(16):
+            tile[i * LANES + k] = values[i]
+    search.refine_signed(tile, weights, work, levels, 16, np.float32(4), state)
+    for k in range(count):
+        scales[pending[k]] = state[SCALE + k]
 
 
 @compiled
@@ -225,24 +284,38 @@ def _round_signed(scales: Any, codes: Any) -> Any:
 
 
 @compiled
-def _choose_signed(x: Any, scale: Any, inverse: Any, top: Any, packed: Any) -> None:
-    """Sets the levels of 16 weights for their rounded scale, or the search's where that is 0."""
-    low, high = -top, top - _ONE
-    if scale != _ZERO:
+def _choose_signed(x: Any, scales: Any, inverses: Any, top: Any, packed: Any) -> bool:
+    """Sets the levels of a super-block for its rounded scales.
+
+    Args:
+        x: float32 [256].
+        scales: float32 [16].
+        inverses: float32 [16]: where a scale is 0, levels are those of x * inverse, the search's; 0 if that is 0 too.
+        top: Levels on one side, float32.
+        packed: uint8 [256]; receives level + top.
+
+    Returns:
+        Whether no scale is 0.
+    """
+    low, high, whole = -top, top - _ONE, True
+    for j in range(16):
+        whole &= scales[j] != _ZERO
         for i in range(16):
-            packed[i] = np.int32(level(x[i] / scale, low, high) + top)
-    elif inverse != _ZERO:
-        for i in range(16):
-            packed[i] = np.int32(level(x[i] * inverse, low, high) + top)
-    else:
-        for i in range(16):
-            packed[i] = 0
+            packed[16 * j + i] = np.int32(level(x[16 * j + i] / scales[j], low, high) + top)
+    if not whole:
+        for j in range(16):
+            if scales[j] == _ZERO:
+                for i in range(16):
+                    q = np.int32(level(x[16 * j + i] * inverses[j], low, high) + top)
+                    packed[16 * j + i] = q if inverses[j] != _ZERO else 0
+    return whole
 
 
 @compiled
 def _encode_q6_k(x: Any, importance: Any, out: Any) -> None:
     tile, weights, work = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32)
     state, packed, top = np.empty(STATE, np.float32), np.empty(_SUPER, np.uint8), np.float32(32)
+    units = np.empty(16, np.float32)
     for start in range(0, x.size, LANES * 16):
         count = min(LANES, (x.size - start) // 16)
         search.load(x, start, count, 16, x.size, tile)
@@ -265,8 +338,7 @@ def _encode_q6_k(x: Any, importance: Any, out: Any) -> None:
                 code = min(np.int32(nearest(inverse * scales[j])), np.int32(127))
                 code = ((code + 128) & 255) - 128  # a signed byte
                 out[at + 192 + j] = code & 255
-                part = x[start + b * _SUPER + 16 * j : start + b * _SUPER + 16 * j + 16]
-                _choose_signed(
-                    part, d * np.float32(code), state[INVERSE + lane + j], top, packed[16 * j : 16 * j + 16]
-                )
+                units[j] = d * np.float32(code)
+            block = x[start + b * _SUPER : start + (b + 1) * _SUPER]
+            _choose_signed(block, units, state[INVERSE + lane : INVERSE + lane + 16], top, packed)
             packing.pack_sixes(packed, out, at)

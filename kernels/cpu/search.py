@@ -13,6 +13,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numba import types
+from numba.extending import intrinsic
 
 from quantize.kernels.cpu.numeric import MAGIC, compiled
 
@@ -42,6 +44,20 @@ STATE = 16 * LANES
 _TINY = np.float32(1e-15)  # a block below it is zero
 _ZERO, _ONE = np.float32(0), np.float32(1)
 _TENTH = np.float32(0.1)
+_ALMOST_HALF = np.float32(0.4999)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def pick(typing_context: Any, condition: Any, one: Any, other: Any) -> Any:
+    """Returns `one if condition else other`, as a selection and never as a branch.
+
+    The compiler makes of `a[i] = b if c else a[i]` a store under a condition, and such vector stores are slow.
+    """
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.select(*args)
+
+    return one(types.boolean, one, one), build
 
 
 @compiled
@@ -58,8 +74,28 @@ def nearest(value: Any) -> Any:
 def level(value: Any, low: Any, high: Any) -> Any:
     """Returns `nearest(value)` within `low` and `high`."""
     whole = nearest(value)
-    whole = whole if whole > low else low
-    return whole if whole < high else high
+    whole = pick(whole > low, whole, low)
+    return pick(whole < high, whole, high)
+
+
+@compiled
+def _near_level(value: Any, low: Any, high: Any) -> Any:
+    """Does what `level` does for values below 2**22."""
+    whole = (value + MAGIC) - MAGIC
+    whole = pick(whole > low, whole, low)
+    return pick(whole < high, whole, high)
+
+
+@compiled
+def row(tile: Any, i: int) -> Any:
+    """Returns value i of all lanes. Indices into a slice are seen not to be negative, so that loops over it vectorise."""
+    return tile[i * LANES : (i + 1) * LANES]
+
+
+@compiled
+def rows(tile: Any, i: int) -> Any:
+    """Returns values i to i + 3 of all lanes."""
+    return tile[i * LANES : (i + 4) * LANES]
 
 
 @compiled
@@ -103,14 +139,16 @@ def weigh_spread(x: Any, length: int, w: Any, state: Any) -> None:
     """Weights |x| plus the root mean square of the block."""
     for k in range(LANES):
         state[k] = _ZERO
-    for i in range(0, length * LANES, LANES):
+    for i in range(length):
+        v = row(x, i)
         for k in range(LANES):
-            state[k] += x[i + k] * x[i + k]
+            state[k] += v[k] * v[k]
     for k in range(LANES):
         state[k] = np.sqrt(state[k] / np.float32(length))
-    for i in range(0, length * LANES, LANES):
+    for i in range(length):
+        v, weight = row(x, i), row(w, i)
         for k in range(LANES):
-            w[i + k] = state[k] + abs(x[i + k])
+            weight[k] = state[k] + abs(v[k])
 
 
 @compiled
@@ -123,9 +161,10 @@ def weigh_importance(x: Any, length: int, w: Any, variance: Any) -> None:
         w: The importance of each value; overwritten with the weights.
         variance: float32 [64], one for each lane.
     """
-    for i in range(0, length * LANES, LANES):
+    for i in range(length):
+        v, weight = row(x, i), row(w, i)
         for k in range(LANES):
-            w[i + k] = w[i + k] * np.sqrt(variance[k] + x[i + k] * x[i + k])
+            weight[k] = weight[k] * np.sqrt(variance[k] + v[k] * v[k])
 
 
 @compiled
@@ -133,9 +172,10 @@ def sum_weights(w: Any, length: int, state: Any) -> None:
     """Sets WEIGHT to the sum of each lane's weights."""
     for k in range(LANES):
         state[WEIGHT + k] = _ZERO
-    for i in range(0, length * LANES, LANES):
+    for i in range(length):
+        weight = row(w, i)
         for k in range(LANES):
-            state[WEIGHT + k] += w[i + k]
+            state[WEIGHT + k] += weight[k]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -185,16 +225,17 @@ def _span(x: Any, w: Any, length: int, top: Any, state: Any) -> None:
         state[_FLOOR + k] = state[_HIGH + k] = x[k]
         state[WEIGHT + k] = w[k]
         state[_SUM_X + k] = w[k] * x[k]
-    for i in range(LANES, length * LANES, LANES):
+    for i in range(1, length):
+        values, weights = row(x, i), row(w, i)
         for k in range(LANES):
-            v, low, high = x[i + k], state[_FLOOR + k], state[_HIGH + k]
-            state[_FLOOR + k] = v if v < low else low
-            state[_HIGH + k] = v if v > high else high
-            state[WEIGHT + k] += w[i + k]
-            state[_SUM_X + k] += w[i + k] * v
+            v, low, high = values[k], state[_FLOOR + k], state[_HIGH + k]
+            state[_FLOOR + k] = pick(v < low, v, low)
+            state[_HIGH + k] = pick(v > high, v, high)
+            state[WEIGHT + k] += weights[k]
+            state[_SUM_X + k] += weights[k] * v
     for k in range(LANES):
         low = state[_FLOOR + k]
-        low = _ZERO if low > _ZERO else low
+        low = pick(low > _ZERO, _ZERO, low)
         inverse = top / (state[_HIGH + k] - low)
         state[_FLOOR + k] = state[LOW + k] = state[BASE + k] = state[_TRY_LOW + k] = low
         state[_TRY + k] = state[INVERSE + k] = inverse
@@ -205,15 +246,16 @@ def _span(x: Any, w: Any, length: int, top: Any, state: Any) -> None:
 def _set_levels(x: Any, w: Any, levels: Any, length: int, top: Any, state: Any) -> None:
     for k in range(LANES):
         state[_L + k] = state[_LL + k] = state[_XL + k] = _ZERO
-    for i in range(0, length * LANES, 4 * LANES):
+    for i in range(0, length, 4):
+        values, weights, found = rows(x, i), rows(w, i), rows(levels, i)
         for k in range(LANES):
             inverse, low = state[_TRY + k], state[LOW + k]
             a, b, c = state[_L + k], state[_LL + k], state[_XL + k]
             for j in range(0, 4 * LANES, LANES):
-                v = x[i + j + k]
+                v = values[j + k]
                 q = level(inverse * (v - low), _ZERO, top)
-                levels[i + j + k] = q
-                wq = w[i + j + k] * q
+                found[j + k] = q
+                wq = weights[j + k] * q
                 a += wq
                 b += wq * q
                 c += wq * v
@@ -230,8 +272,8 @@ def _fit(state: Any) -> None:
         scale = (sw * sxl - sx * sl) / d
         low = (sll * sx - sl * sxl) / d
         above = low > _ZERO
-        state[_TRY_SCALE + k] = sxl / sll if above else scale
-        state[_TRY_LOW + k] = _ZERO if above else low
+        state[_TRY_SCALE + k] = pick(above, sxl / sll, scale)
+        state[_TRY_LOW + k] = pick(above, _ZERO, low)
         state[_L + k] = d
 
 
@@ -239,20 +281,21 @@ def _fit(state: Any) -> None:
 def _errors(x: Any, w: Any, levels: Any, length: int, absolute: bool, state: Any) -> None:
     for k in range(LANES):
         state[_ERROR + k] = _ZERO
-    for i in range(0, length * LANES, 4 * LANES):
+    for i in range(0, length, 4):
+        values, weights, found = rows(x, i), rows(w, i), rows(levels, i)
         if absolute:
             for k in range(LANES):
                 scale, low, error = state[_TRY_SCALE + k], state[_TRY_LOW + k], state[_ERROR + k]
                 for j in range(0, 4 * LANES, LANES):
-                    e = scale * levels[i + j + k] + low - x[i + j + k]
-                    error += w[i + j + k] * abs(e)
+                    e = scale * found[j + k] + low - values[j + k]
+                    error += weights[j + k] * abs(e)
                 state[_ERROR + k] = error
         else:
             for k in range(LANES):
                 scale, low, error = state[_TRY_SCALE + k], state[_TRY_LOW + k], state[_ERROR + k]
                 for j in range(0, 4 * LANES, LANES):
-                    e = scale * levels[i + j + k] + low - x[i + j + k]
-                    error += w[i + j + k] * (e * e)
+                    e = scale * found[j + k] + low - values[j + k]
+                    error += weights[j + k] * (e * e)
                 state[_ERROR + k] = error
 
 
@@ -260,11 +303,11 @@ def _errors(x: Any, w: Any, levels: Any, length: int, absolute: bool, state: Any
 def _accept_offset(state: Any) -> None:
     for k in range(LANES):
         better = (state[_L + k] > _ZERO) & (state[_ERROR + k] < state[_BEST + k])
-        state[_BEST + k] = state[_ERROR + k] if better else state[_BEST + k]
-        state[SCALE + k] = state[_TRY_SCALE + k] if better else state[SCALE + k]
-        state[INVERSE + k] = state[_TRY + k] if better else state[INVERSE + k]
-        state[BASE + k] = state[LOW + k] if better else state[BASE + k]
-        state[LOW + k] = state[_TRY_LOW + k] if better else state[LOW + k]  # later candidates start from it
+        state[_BEST + k] = pick(better, state[_ERROR + k], state[_BEST + k])
+        state[SCALE + k] = pick(better, state[_TRY_SCALE + k], state[SCALE + k])
+        state[INVERSE + k] = pick(better, state[_TRY + k], state[INVERSE + k])
+        state[BASE + k] = pick(better, state[LOW + k], state[BASE + k])
+        state[LOW + k] = pick(better, state[_TRY_LOW + k], state[LOW + k])  # later candidates start from it
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -291,7 +334,7 @@ def search_signed(x: Any, w: Any, wx: Any, length: int, top: Any, state: Any) ->
     _signed_sums(x, w, wx, length, top, state)
     for k in range(LANES):
         sxl, sll = state[_XL + k], state[_LL + k]
-        scale = sxl / sll if sll != _ZERO else _ZERO
+        scale = pick(sll != _ZERO, sxl / sll, _ZERO)
         state[SCALE + k], state[_BEST + k], state[INVERSE + k] = scale, scale * sxl, state[_TRY + k]
     for t in range(-9, 10):
         if t != 0:
@@ -310,10 +353,11 @@ def _largest(x: Any, length: int, state: Any) -> None:
     """Sets _HIGH to the value of largest size, the first of several."""
     for k in range(LANES):
         state[_HIGH + k] = _ZERO
-    for i in range(0, length * LANES, LANES):
+    for i in range(length):
+        values = row(x, i)
         for k in range(LANES):
-            v, m = x[i + k], state[_HIGH + k]
-            state[_HIGH + k] = v if abs(v) > abs(m) else m
+            v, m = values[k], state[_HIGH + k]
+            state[_HIGH + k] = pick(abs(v) > abs(m), v, m)
 
 
 @compiled
@@ -321,14 +365,15 @@ def _signed_sums(x: Any, w: Any, wx: Any, length: int, top: Any, state: Any) -> 
     low, high = -top, top - _ONE
     for k in range(LANES):
         state[_LL + k] = state[_XL + k] = _ZERO
-    for i in range(0, length * LANES, 4 * LANES):
+    for i in range(0, length, 4):
+        values, weights, products = rows(x, i), rows(w, i), rows(wx, i)
         for k in range(LANES):
             inverse = state[_TRY + k]
             b, c = state[_LL + k], state[_XL + k]
             for j in range(0, 4 * LANES, LANES):
-                q = level(inverse * x[i + j + k], low, high)
-                c += wx[i + j + k] * q
-                b += w[i + j + k] * q * q
+                q = _near_level(inverse * values[j + k], low, high)
+                c += products[j + k] * q
+                b += weights[j + k] * q * q
             state[_LL + k], state[_XL + k] = b, c
 
 
@@ -338,9 +383,50 @@ def _accept_signed(state: Any) -> None:
         sxl, sll = state[_XL + k], state[_LL + k]
         better = (sll > _ZERO) & (sxl * sxl > state[_BEST + k] * sll)
         scale = sxl / sll
-        state[SCALE + k] = scale if better else state[SCALE + k]
-        state[_BEST + k] = scale * sxl if better else state[_BEST + k]
-        state[INVERSE + k] = state[_TRY + k] if better else state[INVERSE + k]
+        state[SCALE + k] = pick(better, scale, state[SCALE + k])
+        state[_BEST + k] = pick(better, scale * sxl, state[_BEST + k])
+        state[INVERSE + k] = pick(better, state[_TRY + k], state[INVERSE + k])
+
+
+@compiled
+def settle_signed(x: Any, length: int, top: Any, state: Any) -> None:
+    """Finds the scale of the lanes whose levels `refine_signed` would not change; most are such.
+
+    Args:
+        x: Tile of values.
+        length: Values in a block.
+        top: Levels on one side, float32.
+        state: SCALE is set; WEIGHT becomes 0 for settled lanes and 1 for those that need `refine_signed`.
+    """
+    low, high = -top, top - _ONE
+    _largest(x, length, state)
+    for k in range(LANES):
+        state[_TRY + k] = -top / state[_HIGH + k]
+        state[_LL + k] = state[_XL + k] = state[WEIGHT + k] = _ZERO
+    for i in range(length):
+        values = row(x, i)
+        for k in range(LANES):
+            v = values[k]
+            q = _near_level(state[_TRY + k] * v, low, high)
+            state[_XL + k] += v * v * v * q
+            state[_LL + k] += v * v * q * q
+    for i in range(length):
+        values = row(x, i)
+        for k in range(LANES):
+            v = values[k]
+            q = _near_level(state[_TRY + k] * v, low, high)
+            a = state[_XL + k] - v * v * v * q
+            b = state[_LL + k] - v * v * q * q
+            # The new level is that nearest to v * b / a: without a division, with a margin, and false for NaN.
+            new = pick(v * b > low * a, v * b, low * a)
+            new = pick(new < high * a, new, high * a)
+            stays = (a <= _ZERO) | (abs(new - q * a) < _ALMOST_HALF * a)
+            state[WEIGHT + k] = pick(stays, state[WEIGHT + k], _ONE)
+    for k in range(LANES):
+        sll, zero = state[_LL + k], abs(state[_HIGH + k]) < _TINY
+        scale = pick(sll > _ZERO, state[_XL + k] / sll, _ZERO)
+        state[SCALE + k] = pick(zero, _ZERO, scale)
+        state[WEIGHT + k] = pick(zero, _ZERO, state[WEIGHT + k])
 
 
 @compiled
@@ -364,18 +450,19 @@ def refine_signed(x: Any, w: Any, wx: Any, levels: Any, length: int, top: Any, s
     for k in range(LANES):
         state[_TRY + k] = -top / state[_HIGH + k]
         state[_LL + k] = state[_XL + k] = _ZERO
-    for i in range(0, length * LANES, LANES):
+    for i in range(length):
+        values, weights, products, found = row(x, i), row(w, i), row(wx, i), row(levels, i)
         for k in range(LANES):
-            q = level(state[_TRY + k] * x[i + k], low, high)
-            levels[i + k] = q
-            state[_XL + k] += wx[i + k] * q
-            state[_LL + k] += w[i + k] * q * q
+            q = _near_level(state[_TRY + k] * values[k], low, high)
+            found[k] = q
+            state[_XL + k] += products[k] * q
+            state[_LL + k] += weights[k] * q * q
     for _ in range(5):
         if not _sweep(x, w, wx, levels, length, low, high, state):
             break
     for k in range(LANES):
         sll = state[_LL + k]
-        state[SCALE + k] = state[_XL + k] / sll if sll > _ZERO else _ZERO
+        state[SCALE + k] = pick(sll > _ZERO, state[_XL + k] / sll, _ZERO)
         if abs(state[_HIGH + k]) < _TINY:
             state[SCALE + k] = _ZERO
             for i in range(0, length * LANES, LANES):
@@ -387,19 +474,23 @@ def _sweep(x: Any, w: Any, wx: Any, levels: Any, length: int, low: Any, high: An
     """Tries a better level for each value in turn; returns whether any lane changed."""
     for k in range(LANES):
         state[_ERROR + k] = _ZERO
-    for i in range(0, length * LANES, LANES):
+    for i in range(0, length, 2):
+        values, weights, products, found = rows(x, i), rows(w, i), rows(wx, i), rows(levels, i)
         for k in range(LANES):
-            sxl, sll, q = state[_XL + k], state[_LL + k], levels[i + k]
-            a = sxl - wx[i + k] * q
-            b = sll - w[i + k] * q * q
-            new = level(x[i + k] * b / a, low, high)
-            c = a + wx[i + k] * new
-            d = b + w[i + k] * new * new
-            better = (a > _ZERO) & (new != q) & (d > _ZERO) & (c * c * sll > sxl * sxl * d)
-            state[_XL + k] = c if better else sxl
-            state[_LL + k] = d if better else sll
-            state[_ERROR + k] = _ONE if better else state[_ERROR + k]
-            levels[i + k] = new if better else q
+            sxl, sll, changes = state[_XL + k], state[_LL + k], state[_ERROR + k]
+            # Two values at once, and a level plus its change: else there are stores under a condition again.
+            for j in range(0, 2 * LANES, LANES):
+                q = found[j + k]
+                a = sxl - products[j + k] * q
+                b = sll - weights[j + k] * q * q
+                new = level(values[j + k] * b / a, low, high)
+                c = a + products[j + k] * new
+                d = b + weights[j + k] * new * new
+                better = (a > _ZERO) & (new != q) & (d > _ZERO) & (c * c * sll > sxl * sxl * d)
+                sxl, sll = pick(better, c, sxl), pick(better, d, sll)
+                changes = pick(better, _ONE, changes)
+                found[j + k] = q + pick(better, new - q, _ZERO)
+            state[_XL + k], state[_LL + k], state[_ERROR + k] = sxl, sll, changes
     changed = _ZERO
     for k in range(LANES):
         changed += state[_ERROR + k]
