@@ -1,4 +1,4 @@
-"""Tiny models with random weights of the architectures that GGUF files are made of, and a plain writer of such files."""
+"""Tiny random models of the architectures that GGUF files are made of, and a plain writer of such files."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-linear": ("LlamaForCausalLM", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}),
     "mistral": ("MistralForCausalLM", {"sliding_window": None}),
     "mixtral": ("MixtralForCausalLM", {"num_local_experts": 4, "num_experts_per_tok": 2}),
-    "qwen2": ("Qwen2ForCausalLM", {}),
+    "qwen2": ("Qwen2ForCausalLM", _EQUAL),
     "qwen2moe": (
         "Qwen2MoeForCausalLM",
         {**_EXPERTS, **_EQUAL, "shared_expert_intermediate_size": 64, "norm_topk_prob": False},
@@ -106,7 +106,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("Gemma2ForCausalLM", _SLIDING),
     "gemma3": (
         "Gemma3ForCausalLM",
-        {**_SLIDING, "num_hidden_layers": 7, "layer_types": [*["sliding_attention"] * 5, "full_attention", "sliding_attention"]},
+        {
+            **_SLIDING,
+            "num_hidden_layers": 7,
+            "layer_types": [*["sliding_attention"] * 5, "full_attention", "sliding_attention"],
+        },
     ),
     "gemma3-own-pattern": ("Gemma3ForCausalLM", _SLIDING),
     "gemma4": ("Gemma4ForCausalLM", _SHARED_KV),
@@ -130,7 +134,17 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {
             **_EQUAL,
             "sliding_window": None,
-            "original_max_position_embeddings": 64,
+            "original_max_position_embeddings": 16,
+            "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, **_LONG},
+        },
+    ),
+    "phi3-short": (
+        "Phi3ForCausalLM",
+        {
+            **_EQUAL,
+            "sliding_window": None,
+            "max_position_embeddings": 2048,
+            "original_max_position_embeddings": 1024,
             "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, **_LONG},
         },
     ),
@@ -209,9 +223,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "t5": ("T5ForConditionalGeneration", _T5),
     "flan-t5": (
         "T5ForConditionalGeneration",
-        {**_T5, "feed_forward_proj": "gated-gelu", "num_decoder_layers": 3, "tie_word_embeddings": False},
+        {**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
     ),
 }
+
+#: Where another seed than 0 is taken: with it no token's experts are so close that float16 chooses others.
+SEEDS = {"qwen35moe": 1, "gemma4moe": 1}
 
 
 def build(name: str, **changes: Any) -> Any:
@@ -221,14 +238,18 @@ def build(name: str, **changes: Any) -> Any:
     kind, extra = MODELS[name]
     cls = getattr(transformers, kind)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(changes.pop("_seed", SEEDS.get(name, 0)))
         settings = {**_DENSE, **extra, **changes}
         model = cls(cls.config_class(**{key: value for key, value in settings.items() if value is not ...}))
-        for parameter in model.parameters():
-            nn.init.normal_(parameter, 1.0 if parameter.dim() == 1 else 0.0, 0.15)
-        for key, value in model.named_buffers():
-            if key.endswith("e_score_correction_bias"):
-                nn.init.normal_(value, 0.0, 0.15)
+        for key, value in [*model.named_parameters(), *model.named_buffers()]:
+            noise = 0.1 * torch.randn(value.shape)
+            if isinstance(value, nn.Parameter) and value.dim() > 1 and not key.endswith("A_log"):
+                value.data = noise
+            elif isinstance(value, nn.Parameter) or key.endswith("e_score_correction_bias"):
+                value.data += noise  # norms near their own neutral value
+            else:
+                continue
+            value.data = value.data.bfloat16().float()  # as checkpoints are: exact in bfloat16, and in float16 too
     return model.eval()
 
 

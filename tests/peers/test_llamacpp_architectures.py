@@ -24,8 +24,9 @@ PEERS = Path(os.environ.get("QUANTIZE_PEERS", Path(__file__).parents[2] / ".peer
 FOLDER = Path(os.environ.get("QUANTIZE_LLAMA_CPP", PEERS / "llamacpp/bin")).absolute()
 SCRIPT = Path(__file__).parent / "scripts/llamacpp_logits.py"
 TOKENS = 32
-# Mean KL divergence in nats of the next token's distribution: F32 shows a wrong formula, the others rounding.
-LIMITS = {"F32": 1e-7, "F16": 1e-5, "BF16": 5e-4, "Q8_0": 5e-3}
+# Mean KL divergence in nats: F32 shows a wrong formula (1e-12 where no GELU is: llama.cpp looks that up in a table of
+# half-precision floats), F16 the rounding of activations, the others that of weights, which may choose other experts.
+LIMITS = {"F32": 2e-6, "F16": 1e-5, "BF16": 2e-3, "Q8_0": 0.1}
 
 pytestmark = [
     pytest.mark.peer,
@@ -87,7 +88,7 @@ def test_logits_are_those_of_transformers(name: str, tmp_path: Path, rows: list[
         path = gguf_models.write_gguf(view, tmp_path / f"{label}.gguf", gguf.GGMLQuantizationType[label])
         found = by_llamacpp(path, ids, kind)
         if kind == "embeddings":  # no distribution: the share of the states' power that differs
-            measured[label] = float(((found - base).double().square().sum() / base.double().square().sum()))
+            measured[label] = float((found - base).double().square().sum() / base.double().square().sum())
         else:
             measured[label] = divergence(base, found)
     spread = float(base.std(-1).mean())

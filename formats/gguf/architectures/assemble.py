@@ -32,7 +32,7 @@ class Place:
 def places(architecture: Architecture, settings: Settings) -> Iterator[Place]:
     """Yields every rule in every block where it may apply: outside blocks first, then block by block."""
     for rule in architecture.rules:
-        if not rule.per_block:
+        if not rule.per_block and rule.where(settings, 0):
             yield Place(rule, 0, rule.targets, not rule.group)
     inner = [rule for rule in architecture.rules if rule.per_block]
     for block in range(max([settings.blocks, *(rule.count(settings) for rule in inner)])):

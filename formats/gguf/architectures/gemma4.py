@@ -172,8 +172,7 @@ def _check(settings: Settings) -> None:
 
 
 def _table(target: str, source: str) -> Rule:
-    rule = weight(target, source)
-    return Rule(rule.targets, rule.forms, _fed)
+    return weight(target, source, where=_fed)
 
 
 def _plain(target: str, source: str) -> Rule:

@@ -143,10 +143,6 @@ SQUEEZE = reshape(
     lambda s, t: (t.shape[0], t.shape[-1]),
     lambda s, t: (t.shape[0], 1, t.shape[-1]),
 )
-#: A vector as a matrix of one column.
-COLUMN = reshape(lambda s, t: (t.shape[0], 1), lambda s, t: (t.shape[0],))
-#: A matrix of one row as a vector.
-FLAT = reshape(lambda s, t: (t.shape[-1],), lambda s, t: (1, t.shape[-1]))
 #: A scalar or a vector of one value as a vector.
 ONE = reshape(lambda s, t: (1,), lambda s, t: (1,))
 #: A stack whose matrices hold gate over up.

@@ -9,7 +9,6 @@ from quantize.formats.gguf.architectures.base import (
     outer,
     routed,
 )
-from quantize.formats.gguf.architectures.operations import FLAT
 from quantize.formats.gguf.architectures.settings import EXPERT_FFN, EXPERTS_USED, Field, Settings, experts
 
 #: The width of the expert that every token takes.
@@ -40,7 +39,7 @@ QWEN2MOE = Architecture(
         *block("ffn_norm", "post_attention_layernorm"),
         *block("ffn_gate_inp", "mlp.gate"),
         *routed("mlp.experts"),
-        *block("ffn_gate_inp_shexp", "mlp.shared_expert_gate", FLAT),
+        *block("ffn_gate_inp_shexp", "mlp.shared_expert_gate"),
         *mlp("mlp.shared_expert", target="_shexp"),
     ),
     fields=(*DECODER, experts("num_experts"), EXPERTS_USED, EXPERT_FFN, SHARED_FFN),

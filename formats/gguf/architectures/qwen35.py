@@ -28,7 +28,6 @@ from quantize.formats.gguf.architectures.base import (
     without,
 )
 from quantize.formats.gguf.architectures.operations import (
-    FLAT,
     MINUS_EXP,
     PLUS_ONE,
     SAME,
@@ -196,7 +195,7 @@ QWEN35 = Architecture(
 EXPERTS = (
     *block("ffn_gate_inp", "mlp.gate"),
     *routed("mlp.experts"),
-    *block("ffn_gate_inp_shexp", "mlp.shared_expert_gate", FLAT),
+    *block("ffn_gate_inp_shexp", "mlp.shared_expert_gate"),
     *mlp("mlp.shared_expert", target="_shexp"),
 )
 EXPERT_FIELDS = (experts("num_experts"), EXPERTS_USED, EXPERT_FFN, SHARED_FFN)
@@ -206,6 +205,6 @@ QWEN35MOE = replace(
     model_type="qwen3_5_moe_text",
     model_class="Qwen3_5MoeForCausalLM",
     rules=(*_TRUNK, *EXPERTS),
-    fields=(*FIELDS, *EXPERT_FIELDS),
+    fields=(*FIELDS, replace(FFN, optional=True), *EXPERT_FIELDS),
     classes=("Qwen3_5MoeForConditionalGeneration",),
 )

@@ -142,7 +142,7 @@ def rope_tensors(settings: Settings, rope: Rope, rotated: int) -> dict[str, Tens
         InputError: the config's lists are of another length.
     """
     if rope.kind == "llama3":
-        return {FACTORS: torch.tensor(llama3_divisors(rope, rotated), dtype=torch.float32)}
+        return {FACTORS: llama3_divisors(rope, rotated)}
     if rope.kind != "longrope":
         return {}
     found = {name: rope.parameters.get(key) for name, key in ((LONG, "long_factor"), (SHORT, "short_factor"))}
@@ -152,23 +152,17 @@ def rope_tensors(settings: Settings, rope: Rope, rotated: int) -> dict[str, Tens
     return {name: torch.tensor(values, dtype=torch.float32) for name, values in found.items()}
 
 
-def llama3_divisors(rope: Rope, rotated: int) -> list[float]:
+def llama3_divisors(rope: Rope, rotated: int) -> Tensor:
     """Returns what Llama 3.1 divides each frequency by: slow ones by the factor, fast ones by 1, smooth between."""
     said = rope.parameters
     factor, original = said.get("factor", 8.0), said.get("original_max_position_embeddings", 8192)
     low, high = said.get("low_freq_factor", 1.0), said.get("high_freq_factor", 4.0)
-    out: list[float] = []
     frequencies = 1.0 / (rope.theta ** (torch.arange(0, rotated, 2, dtype=torch.float32) / rotated))
-    for frequency in frequencies.tolist():
-        turns = original * frequency / (2 * math.pi)
-        if turns > high:
-            out.append(1.0)
-        elif turns < low:
-            out.append(factor)
-        else:
-            smooth = (turns - low) / (high - low)
-            out.append(1 / ((1 - smooth) / factor + smooth))
-    return out
+    lengths = 2 * math.pi / frequencies
+    smooth = (original / lengths - low) / (high - low)
+    between = 1 / ((1 - smooth) / factor + smooth)
+    slow = torch.where(lengths > original / low, torch.full_like(lengths, factor), between)
+    return torch.where(lengths < original / high, torch.ones_like(lengths), slow)
 
 
 def parse_rope(keys: Keys, rotated: int, context: int, tensors: Mapping[str, Sequence[float]]) -> dict[str, Any]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from quantize.formats.gguf.architectures.base import HEAD, Architecture, Form, Rule, Where, always, weight
+from quantize.formats.gguf.architectures.lazy import Lazy, Mapped
+from quantize.formats.gguf.architectures.operations import Operation
 from quantize.formats.gguf.architectures.settings import RMS, Field, Keys, Settings
-from quantize.formats.gguf.metadata import Value, f32, u32
+from quantize.formats.gguf.metadata import Value, f32, flag, u32
 
 
 def _decoders(settings: Settings) -> int:
@@ -52,7 +56,8 @@ def _cross() -> tuple[Rule, ...]:
 
 def _more(settings: Settings) -> dict[str, Value]:
     size = settings.head_dim
-    return {"attention.key_length": u32(size), "attention.value_length": u32(size)}
+    folded = {_FOLDED: flag(True)} if _scales(settings) else {}
+    return {"attention.key_length": u32(size), "attention.value_length": u32(size), **folded}
 
 
 def _back(keys: Keys, shapes: Any) -> dict[str, Any]:
@@ -62,11 +67,42 @@ def _back(keys: Keys, shapes: Any) -> dict[str, Any]:
         "d_kv": keys.whole("attention.key_length"),
         "feed_forward_proj": "gated-gelu" if gate else "relu",
         "is_encoder_decoder": True,
+        "scale_decoder_outputs": "output.weight" not in shapes and not keys.raw(_FOLDED),
     }
 
 
 def _check(settings: Settings) -> None:
     settings.require("feed_forward_proj", "relu", "gated-gelu")
+
+
+def _scales(settings: Settings) -> bool:
+    """Returns whether transformers scales what enters the head, which llama.cpp does not."""
+    tied = bool(settings.get("tie_word_embeddings", default=True))
+    return bool(settings.get("scale_decoder_outputs", default=tied))
+
+
+def _scaled(settings: Settings, tensors: Sequence[Lazy]) -> Sequence[Lazy]:
+    factor = settings.hidden**-0.5
+    return [Mapped(tensors[0], lambda x: x * factor)] if _scales(settings) else tensors
+
+
+# The last norm takes the scale; a model made of the file says in its config that there is none left.
+_SCALED = Operation(_scaled, lambda settings, tensors: tensors)
+_FOLDED = "decoder_output_scale_folded"
+_CONTEXT = 512
+
+
+@dataclass(frozen=True, slots=True)
+class _Context:
+    """The context of training, which models with relative positions may leave open."""
+
+    def write(self, settings: Settings) -> dict[str, Value]:
+        """Returns the context."""
+        return {"context_length": u32(settings.own.get("n_positions", _CONTEXT))}
+
+    def read(self, keys: Keys) -> dict[str, Any]:
+        """Returns the context."""
+        return {"n_positions": keys.whole("context_length", _CONTEXT)}
 
 
 _EMBEDDINGS = ("shared", "encoder.embed_tokens", "decoder.embed_tokens")
@@ -78,14 +114,14 @@ T5 = Architecture(
     rules=(
         Rule(("token_embd.weight",), tuple(Form((f"{name}.weight",)) for name in _EMBEDDINGS)),
         weight("enc.output_norm", "encoder.final_layer_norm"),
-        weight("dec.output_norm", "decoder.final_layer_norm"),
+        weight("dec.output_norm", "decoder.final_layer_norm", _SCALED),
         Rule(("output.weight",), (Form(("lm_head.weight",)),), group=HEAD),
         *_side("enc", "encoder", 1, lambda settings: settings.layers),
         *_side("dec", "decoder", 2, _decoders),
         *_cross(),
     ),
     fields=(
-        Field("context_length", ("n_positions", "max_position_embeddings"), default=512, optional=True),
+        _Context(),
         Field("embedding_length", ("d_model", "hidden_size")),
         Field("feed_forward_length", ("d_ff",)),
         Field("decoder_block_count", ("num_decoder_layers",), optional=True),
