@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from quantize.kernels.cpu.grids import TILE, codebook
-from quantize.kernels.cpu.gridscan import level, nearest_shifted
+from quantize.kernels.cpu.grids import codebook
+from quantize.kernels.cpu.gridscan import level, nearest8
 from quantize.kernels.cpu.gridsearch import SUPER, mean_square
 from quantize.kernels.cpu.gridsplit import add_up, room, sort, split_one, split_two
 from quantize.kernels.cpu.numeric import compiled, to_half
@@ -40,7 +40,6 @@ class _Super(NamedTuple):
     levels: Any  # int64 [32]
     rank: Any  # int32 [32]
     order: Any  # int64 [32]
-    least: Any  # int64 [8]
 
 
 @cache
@@ -65,7 +64,7 @@ def _encode(x: Any, importance: Any, out: Any, table: Any, halves: bool) -> None
     sums = room()
     done = _Super(
         np.empty(32, np.int64), np.empty(16, np.int64), np.empty(16, np.float32), np.empty(SUPER, np.float32),
-        np.empty(32, np.int64), np.empty(32, np.int32), np.zeros(32, np.int64), np.empty(TILE, np.int64),
+        np.empty(32, np.int64), np.empty(32, np.int32), np.zeros(32, np.int64),
     )  # fmt: skip
     nbytes = 56 if halves else 50
     for r in range(x.shape[0]):
@@ -153,7 +152,7 @@ def _choose(
             moved = True
             first, last = table.first[-1 - point], table.first[-point]
             up = _shift(halves, shift, g)
-            position = nearest_shifted(table.levels, first, last, values, weight, 8 * g, scale, up, done.least)
+            position = nearest8(table.levels, first, last, values, weight, 8 * g, scale, up)
             point = np.int64(table.names[position])
         done.index[to + g] = point
     if moved:

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from quantize.kernels.cpu.grids import TILE, Codebook
-from quantize.kernels.cpu.gridscan import LANES, keys4, keys8, level, nearest4, nearest8, sums, wrapped
+from quantize.kernels.cpu.grids import Codebook
+from quantize.kernels.cpu.gridscan import LANES, points4, points8, sums, wrapped
 from quantize.kernels.cpu.numeric import compiled
 
 SUPER = 256  # weights that share a float16 scale
@@ -30,7 +30,7 @@ class Tables(NamedTuple):
     dim: int  # weights per point
     where: Any  # int32 [keys]
     first: Any  # int32 [lists + 1]
-    levels: Any  # float32 [tiles * dim * 8], odd numbers
+    levels: Any  # int8 [tiles * dim * 8], odd numbers
     names: Any  # uint16 [tiles * 8]
     points: Any  # float32 [points * dim], odd numbers
 
@@ -39,18 +39,18 @@ class Scratch(NamedTuple):
     """Room for one block, allocated once per call."""
 
     inverse: Any  # float32 [LANES]: tried inverse scales
+    scale: Any  # float32 [LANES]: 1 / inverse
     key: Any  # int32 [LANES]
-    picked: Any  # int32 [8, LANES]: index of each group's point; -1 - index if the rounded point was off the codebook
+    picked: Any  # int32 [8 * LANES]: index of each group's point; -1 - index if the rounded point was off the codebook
     q: Any  # float32 [32 * LANES]: odd numbers
     sx: Any  # float32 [LANES]
     s2: Any  # float32 [LANES]
-    least: Any  # int64 [8]
     chosen: Any  # int64 [8]: indices of the points that won
 
 
 def tables(book: Codebook) -> Tables:
     """Returns a codebook as the loops want it."""
-    levels = 2 * book.levels.astype(np.float32) + 1
+    levels = np.int8(2) * book.levels + np.int8(1)
     points = (2 * book.points.astype(np.float32) + 1).ravel()
     return Tables(book.points.shape[1], book.where, book.first, levels, book.names, points)
 
@@ -60,64 +60,38 @@ def scratch() -> Scratch:
     """Returns room for one block."""
     return Scratch(
         np.empty(LANES, np.float32),
+        np.empty(LANES, np.float32),
         np.empty(LANES, np.int32),
-        np.empty((8, LANES), np.int32),
+        np.empty(8 * LANES, np.int32),
         np.ones(32 * LANES, np.float32),
         np.empty(LANES, np.float32),
         np.empty(LANES, np.float32),
-        np.empty(TILE, np.int64),
         np.empty(8, np.int64),
     )
 
 
 @compiled
-def _candidate(table: Any, missing: int, size: Any, root: Any, at: int, scale: Any, least: Any) -> int:
-    """Returns the index of the best point for a group off the codebook, from its list `-1 - missing`."""
-    number = -1 - missing
-    first, last = table.first[number], table.first[number + 1]
+def _points(table: Any, size: Any, root: Any, at: int, tried: int, room: Any) -> None:
+    """Picks points for the weights from `at` on, one for each scale in `room`."""
+    where, first, levels, names, points = table.where, table.first, table.levels, table.names, table.points
+    inverse, scale, key, picked, q = room.inverse, room.scale, room.key, room.picked, room.q
     if table.dim == 8:
-        position = nearest8(table.levels, first, last, size, root, at, scale, least)
+        points8(where, first, levels, names, points, size, root, at, inverse, scale, tried, key, picked, q)
     else:
-        position = nearest4(table.levels, first, last, size, root, at, scale, least)
-    return np.int64(table.names[position])
-
-
-@compiled
-def _try_all(table: Any, size: Any, root: Any, n: int, tried: int, room: Any) -> None:
-    """Chooses points for each tried scale."""
-    dim = table.dim
-    for g in range(n // dim):
-        at = g * dim
-        if dim == 8:
-            keys8(size, at, room.inverse, room.key)
-        else:
-            keys4(size, at, room.inverse, room.key)
-        for k in range(tried):
-            point = np.int64(table.where[room.key[k]])
-            room.picked[g, k] = point
-            if point < 0:
-                point = _candidate(table, point, size, root, at, _ONE / room.inverse[k], room.least)
-                room.picked[g, k] = -1 - point
-            for i in range(dim):
-                room.q[(at + i) * LANES + k] = table.points[point * dim + i]
+        points4(where, first, levels, names, points, size, root, at, inverse, scale, tried, key, picked, q)
 
 
 @compiled
 def _choose_again(table: Any, weight: Any, size: Any, root: Any, n: int, groups: int, scale: Any, room: Any) -> Any:
     """Chooses the points of some groups (a mask) at a scale; returns the best scale for all points of the block."""
     dim = table.dim
-    base, top = (3, np.float32(2)) if dim == 8 else (8, np.float32(7))
-    inverse = _ONE / scale
+    room.inverse[0], room.scale[0] = _ONE / scale, scale
     sx, s2 = _ZERO, _ZERO
     for g in range(n // dim):
         if (groups >> g) & 1:
-            key = np.int64(0)
-            for i in range(dim - 1, -1, -1):
-                key = key * base + np.int64(level(inverse * size[g * dim + i], top))
-            point = np.int64(table.where[key])
-            if point < 0:
-                point = _candidate(table, point, size, root, g * dim, scale, room.least)
-            room.chosen[g] = point
+            _points(table, size, root, g * dim, 1, room)
+            point = np.int64(room.picked[g * LANES])
+            room.chosen[g] = point if point >= 0 else -1 - point
         for i in range(dim):
             q, cost = table.points[room.chosen[g] * dim + i], weight[g * dim + i]
             sx += cost * size[g * dim + i] * q
@@ -150,8 +124,10 @@ def search(
     """
     for k in range(LANES):
         room.inverse[k] = numerators[k] / most
-    _try_all(table, size, root, n, tried, room)
-    sums(weight, size, n, room.q, room.sx, room.s2)
+        room.scale[k] = _ONE / room.inverse[k]
+    for at in range(0, n, table.dim):
+        _points(table, size, root, at, tried, room)
+    sums(weight, size, n, room.q, tried, room.sx, room.s2)
     room.chosen[:] = table.where[0]
     off = -1 if again == ANY_OFF_GRID else 0
     best, scale = _ZERO, start
@@ -162,7 +138,7 @@ def search(
             best = scale * sx
             off = 0
             for g in range(n // table.dim):
-                point = np.int64(room.picked[g, k])
+                point = np.int64(room.picked[g * LANES + k])
                 if point < 0:
                     point = -1 - point
                     off |= 1 << g
