@@ -19,9 +19,9 @@ from torch import Tensor
 from quantize.errors import InputError, UsageError
 from quantize.formats import find
 from quantize.formats.gguf import GGUFFormat
-from quantize.formats.gguf.config import llama3_rope
+from quantize.formats.gguf.architectures.rope import llama3_rope
 from quantize.formats.gguf.container import read_part
-from quantize.schemes import GGMLBlock, Plain, QuantizedTensor, parse_scheme
+from quantize.schemes import GGMLBlock, Plain, parse_scheme
 
 HIDDEN, WIDTH, VOCAB, LAYERS = 32, 64, 48, 2
 DTYPES = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bfloat16}
@@ -230,7 +230,7 @@ def test_qwen2_is_not_permuted_and_has_its_biases(tmp_path: Path) -> None:
     assert checkpoint.config["architectures"] == ["Qwen2ForCausalLM"]
     assert all(torch.equal(checkpoint.read(name), tensor) for name, tensor in tensors.items())
     del tensors["model.layers.1.self_attn.v_proj.bias"]
-    with pytest.raises(InputError, match=r"lacks tensor 'model\.layers\.1\.self_attn\.v_proj\.bias'"):
+    with pytest.raises(InputError, match=r"lacks tensor 'blk\.1\.attn_v\.bias'"):
         GGUFFormat().open(write(tmp_path / "m.gguf", tensors, arch="qwen2"))
 
 
@@ -309,9 +309,9 @@ def test_rope_scaling_keys(tmp_path: Path) -> None:
         "beta_fast": 16.0,
     }
     assert rope_of(tmp_path, lambda w: scale(w, "none"))["rope_type"] == "default"
-    with pytest.raises(InputError, match="'longrope' cannot be read yet"):
+    with pytest.raises(InputError, match="'longrope' without 'rope_factors_long"):
         rope_of(tmp_path, lambda w: scale(w, "longrope", factor=4.0))
-    with pytest.raises(InputError, match="'yarn' with yarn_log_multiplier cannot"):
+    with pytest.raises(InputError, match="'yarn' with yarn_log_multiplier cannot be read"):
         rope_of(tmp_path, lambda w: scale(w, "yarn", factor=4.0, yarn_log_multiplier=0.1))
 
 
@@ -380,7 +380,7 @@ def test_truncated_data_names_the_tensor(tiny: Path) -> None:
         (b"GGUF\x01\0\0\0" + b"\0" * 16, "of version 1"),
         (b"PK\x03\x04somezip", "no GGUF file: it starts with b'PK"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "git-lfs pointer"),
-        (b"GGUF\x03\0\0\0" + b"\0" * 16, "architecture 'None'.*known are llama, qwen2, qwen3"),
+        (b"GGUF\x03\0\0\0" + b"\0" * 16, "architecture 'None'.*known are llama, qwen2, qwen2moe"),
     ],
     ids=["empty", "short", "no-counts", "long-key", "version", "magic", "lfs", "no-metadata"],
 )
@@ -396,11 +396,11 @@ def test_broken_files(tmp_path: Path, content: bytes, message: str) -> None:
 def test_foreign_files(tmp_path: Path) -> None:
     tensors = make_tensors(4, 2, 8, torch.float16)
     path = tmp_path / "m.gguf"
-    with pytest.raises(InputError, match="architecture 'mamba' cannot be read yet"):
-        GGUFFormat().open(write(path, tensors, arch="mamba"))
+    with pytest.raises(InputError, match="architecture 'plamo' cannot be read"):
+        GGUFFormat().open(write(path, tensors, arch="plamo"))
     with pytest.raises(InputError, match="big-endian"):
         GGUFFormat().open(write(path, tensors, order=gguf.GGUFEndian.BIG))
-    with pytest.raises(InputError, match="mixture of experts"):
+    with pytest.raises(InputError, match=r"lacks the metadata key 'llama\.expert_used_count'"):
         GGUFFormat().open(write(path, tensors, more=lambda w: w.add_expert_count(8)))
     with pytest.raises(InputError, match="type 'adapter', not a model"):
         GGUFFormat().open(write(path, tensors, more=lambda w: w.add_type("adapter")))
@@ -412,17 +412,19 @@ def test_foreign_files(tmp_path: Path) -> None:
 
 def test_tensor_list_must_be_the_architectures(tmp_path: Path) -> None:
     tensors, path = make_tensors(4, 2, 8, torch.float16), tmp_path / "m.gguf"
-    with pytest.raises(InputError, match=r"a model of 2 layers has no tensor 'model\.layers\.2\.mlp"):
+    with pytest.raises(
+        InputError, match=r"'blk\.2\.ffn_up\.weight' is no tensor of .* 'llama' with 2 blocks"
+    ):
         GGUFFormat().open(write(path, tensors | {"model.layers.2.mlp.up_proj.weight": tensors[K]}))
     biases = {f"model.layers.{i}.self_attn.{leaf}.bias": 32 for i in range(LAYERS) for leaf in ("q_proj", "o_proj")}
     some = tensors | {name: torch.zeros(rows) for name, rows in biases.items()}
-    with pytest.raises(InputError, match=r"lacks tensor 'model\.layers\.0\.self_attn\.k_proj\.bias' and 3 others"):
+    with pytest.raises(InputError, match=r"lacks tensor 'blk\.0\.attn_k\.bias' and 3 others"):
         GGUFFormat().open(write(path, some))
     norm = {"model.layers.0.self_attn.q_norm.weight": torch.ones(8)}
-    with pytest.raises(InputError, match=r"tensor 'blk\.0\.attn_q_norm\.weight' is none of architecture 'llama'"):
+    with pytest.raises(InputError, match=r"'blk\.0\.attn_q_norm\.weight' is no tensor of .* 'llama'"):
         GGUFFormat().open(write(path, tensors | norm))
     del tensors[K]
-    with pytest.raises(InputError, match=f"lacks tensor '{K}'$"):
+    with pytest.raises(InputError, match=r"lacks tensor 'blk\.1\.attn_k\.weight'$"):
         GGUFFormat().open(write(path, tensors))
 
 
@@ -616,20 +618,3 @@ def test_ggml_block_scheme() -> None:
     assert scheme.reject((10, 384)) == "its width 384 is no multiple of the block size 256 of q4_k"
     with pytest.raises(UsageError, match="'q9_9' is no GGML type"):
         parse_scheme("q9_9")
-    with pytest.raises(UsageError, match="cannot be written yet"):
-        scheme.encode(torch.zeros(1, 256))
-
-
-def test_type_without_a_decoder_is_an_input_error() -> None:
-    scheme = GGMLBlock("q8_1")  # of activations, never in files
-    blocks = torch.zeros(1, scheme.block_bytes, dtype=torch.uint8)
-    with pytest.raises(InputError, match="cannot decode q8_1"):
-        QuantizedTensor(scheme, (1, 32), {"blocks": blocks}).dequantize()
-
-
-def test_nothing_can_be_written_yet() -> None:
-    form = GGUFFormat()
-    assert form.reject(Plain(torch.float16)) == "GGUF cannot be written yet"
-    with pytest.raises(InputError, match="cannot be written yet"):
-        form.pieces("a", (1, 32), Plain(torch.float16))
-    assert form.bound_together(["a"]) == []

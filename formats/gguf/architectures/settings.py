@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,29 +28,32 @@ class Settings:
         root: The whole config.
         file: Where it is from, for messages.
         mtp: The number of blocks that predict further tokens, behind the others.
+        whole: Whether the config says all, so that nothing is to be assumed.
     """
 
     root: Mapping[str, Any]
     file: Path
     mtp: int = 0
-    overrides: Mapping[str, Any] = field(default_factory=dict)
+    whole: bool = False
 
     @cached_property
     def own(self) -> Mapping[str, Any]:
         """What the config says: of text where it tells text apart, else of all."""
         inner = next((self.root[key] for key in _TEXT if isinstance(self.root.get(key), dict)), {})
-        return {**self.root, **inner, **self.overrides}
+        return {**self.root, **inner}
 
     @cached_property
     def filled(self) -> Mapping[str, Any]:
         """The same with what transformers assumes where a config is silent; as it is when the kind is unknown."""
+        if self.whole:
+            return self.own
         from transformers import CONFIG_MAPPING
 
         kind = self.own.get("model_type")
         if kind not in CONFIG_MAPPING:
             return self.own
         try:
-            made: dict[str, Any] = CONFIG_MAPPING[kind](**self.own).to_dict()
+            made: dict[str, Any] = CONFIG_MAPPING[kind](**deepcopy(dict(self.own))).to_dict()  # it changes what it gets
         except Exception:  # whatever an odd config makes the library raise; a key that is needed is asked for by name
             return self.own
         return made
