@@ -105,7 +105,7 @@ class Squares:
         """Returns the mean squares of `inputs` `[..., K]`, computed in float32."""
         x = inputs.detach().reshape(-1, inputs.shape[-1])
         total = torch.zeros(x.shape[-1])
-        for run in x.split(_RUN):
+        for run in torch.split(x, _RUN):
             total += run.float().square().sum(0)
         return Squares(len(x), total.div_(max(1, len(x))))
 

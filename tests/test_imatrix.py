@@ -21,6 +21,7 @@ from quantize.checkpoint import open_checkpoint
 from quantize.errors import InputError, ResourceError
 from quantize.formats.gguf.imatrix import Importance, ImportanceMatrix, read_imatrix, write_imatrix
 from quantize.imatrix import coverage, gather, match, merge, select, statistics
+from quantize.kernels.cpu import ggml
 from quantize.skeleton import Skeleton
 from quantize.statistics import Accumulator, Squares, Statistics
 from quantize.sweep import Sweep
@@ -61,25 +62,44 @@ def test_an_expert_without_tokens_is_weighed_evenly() -> None:
     np.testing.assert_array_equal(found, np.array([[1, 2], [1, 1]], np.float32))
 
 
-def test_blocks_of_zeros_are_weighed_evenly() -> None:
-    sums = np.zeros((1, 1000), np.float32)
-    sums[0, [300, 990]] = 8  # a zero first block, two with a value, the last one cut off by the row's end
-    found = importance(sums, [4.0]).means()[0]
-    assert (found[:256] == 1).all()
-    assert found[300] == 2
-    assert found[256:512].sum() == 2
-    assert (found[512:768] == 1).all()
-    assert found[768:].sum() == 2
-    assert (importance(sums).means(32)[0, 256:288] == 1).all()
+def test_runs_of_zeros_are_weighed_evenly_and_least() -> None:
+    sums = np.zeros((2, 1000), np.float32)
+    sums[0, [20, 300, 999]] = [8, 4, 12]
+    found = importance(sums, [4.0, 4.0]).means()
+    assert found.dtype == np.float32
+    assert (found[0, :16] == 1).all()
+    assert (found[0, 16:32] == sums[0, 16:32] / 4).all()  # zeros beside a value stay
+    assert (found[0, 32:288] == 1).all()
+    assert found[0, 992:].tolist() == [0] * 7 + [3]  # the row's end cuts the last run off
+    assert (found[1] == 1).all()
+
+
+def test_the_least_importance_is_not_too_small() -> None:
+    sums = np.ones((1, 64), np.float32)
+    sums[0, 0], sums[0, 16:32] = 1e-30, 0
+    assert importance(sums, [1.0]).means()[0, 20] == pytest.approx(1e-6, rel=0.5)
 
 
 @given(st.integers(1, 3), st.integers(1, 600), st.integers(0, 99))
-def test_means_are_finite_and_no_block_is_silent(count: int, columns: int, seed: int) -> None:
+def test_means_are_finite_and_no_run_is_silent(count: int, columns: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     sums = rng.random((count, columns), np.float32) * (rng.random((count, columns)) < 0.01)
     found = Importance(sums.astype(np.float32), rng.integers(0, 3, count).astype(np.float32)).means()
     assert np.isfinite(found).all()
-    assert all(row[start : start + 256].any() for row in found for start in range(0, columns, 256))
+    assert found.dtype == np.float32
+    assert all(row[start : start + 16].any() for row in found for start in range(0, columns, 16))
+
+
+@pytest.mark.parametrize("kind", ["q4_0", "q3_k", "q6_k", "iq4_xs"])
+@pytest.mark.parametrize("silent", [slice(0, 32), slice(16, 32), slice(256, 512), slice(0, 512)])
+def test_weights_whose_input_is_always_zero_are_not_lost(kind: str, silent: slice) -> None:
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((2, 512)).astype(np.float32)
+    sums = rng.random((1, 512)).astype(np.float32)
+    sums[0, silent] = 0
+    decoded = ggml.decode(kind, ggml.encode(kind, weight, importance(sums).means()[0]))
+    assert np.isfinite(decoded).all()
+    assert np.abs(decoded - weight)[:, silent].mean() < 0.2
 
 
 def test_other_shapes_of_the_same_values() -> None:

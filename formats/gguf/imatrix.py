@@ -30,6 +30,8 @@ _ALIGNMENT = 32
 _LONGEST_NAME = 63
 _F32 = 0
 _DEFAULT_CHUNK = 512
+_RUN = 16
+_LEAST = np.float32(1e-6)
 
 Floats = NDArray[np.float32]
 
@@ -46,21 +48,25 @@ class Importance:
     sums: Floats
     counts: Floats
 
-    def means(self, block: int = 256) -> Floats:
+    def means(self) -> Floats:
         """Returns mean squares, float32 [matrices, columns], fit to weigh errors with.
 
-        A matrix that no token reached gets ones. So does each run of `block` columns (counted from the row's start)
-        whose means are all zero: weights of nothing but zeros have no best rounding.
+        A matrix that no token reached gets ones. Each run of 16 columns (counted from the row's start) whose means
+        are all zero, the smallest unit that has a scale of its own in any type, gets the smallest mean of its row:
+        with nothing but zeros to weigh them, some searches round all its weights to zero.
         """
         seen = self.counts > 0
         means = np.ones_like(self.sums)
         np.divide(self.sums, self.counts[:, None], out=means, where=seen[:, None])
-        columns = means.shape[1]
-        blocks = -(-columns // block)
-        padded = np.zeros((len(means), blocks * block), np.float32)
-        padded[:, :columns] = means
-        silent = ~padded.reshape(len(means), blocks, block).any(-1)
-        return np.where(np.repeat(silent, block, axis=1)[:, :columns], np.float32(1), means)
+        runs = -(-means.shape[1] // _RUN)
+        padded = np.zeros((len(means), runs * _RUN), np.float32)
+        padded[:, : means.shape[1]] = means
+        silent = np.repeat(~padded.reshape(len(means), runs, _RUN).any(-1), _RUN, axis=1)[:, : means.shape[1]]
+        if silent.any():
+            least = np.min(means, axis=1, where=means > 0, initial=np.inf)
+            least = np.maximum(least, _LEAST * means.mean(axis=1))  # products with it must not vanish
+            means = np.where(silent, np.where(np.isinf(least), np.float32(1), least)[:, None], means)
+        return means
 
     def shaped(self, matrices: int, columns: int) -> Importance | None:
         """Returns the same for a stack of `matrices` with rows of `columns`; None if the sizes do not agree.
