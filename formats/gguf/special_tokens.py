@@ -148,8 +148,8 @@ def _named(files: SideFiles, ids: Mapping[str, int], kind: str) -> dict[str, int
 
 def _flags(files: SideFiles, found: dict[str, int], ids: Mapping[str, int], frame: Frame | None) -> dict[str, bool]:
     """Returns whether BOS, EOS and a separator are put around a text; `found` follows what is really put there."""
-    said = {name: files.settings.get(f"add_{name}_token") for name in ("bos", "eos")}
-    said = {name: value for name, value in said.items() if isinstance(value, bool)}
+    wanted = {name: files.settings.get(f"add_{name}_token") for name in ("bos", "eos")}
+    said: dict[str, bool] = {name: value for name, value in wanted.items() if isinstance(value, bool)}
     if frame is None:
         # A file of sentencepiece alone leaves it to its program, whose defaults llama.cpp has too.
         return {"bos": False, "eos": False} | said if files.definition else said

@@ -27,6 +27,8 @@ _KINDS = {"WordPiece": "bert", "Unigram": "t5"}
 # llama.cpp shows these of Gemma 4 in its output, where a chat's tool calls are read.
 _SHOWN = {"<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>'}
 _NAMED = 5
+# They take in the space before them in most models, and no one types them.
+_MASKS = ("<mask>", "[MASK]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +119,6 @@ def tokenizer_metadata(
         found |= {f"tokenizer.ggml.{name}_token_id": u32(0) for name in ("bos", "eos")}
         found["tokenizer.ggml.eot_token_id"] = u32(261)  # two line ends
         found["tokenizer.chat_template"] = text("rwkv-world")
-    if kind in ("bert", "t5") and isinstance(types := config.get("type_vocab_size"), int):
-        found["tokenizer.ggml.token_type_count"] = u32(types)
     return TokenizerMetadata(found | chat_templates(files), tuple(dict.fromkeys(files.notices)))
 
 
@@ -168,6 +168,20 @@ def _put_added(files: SideFiles, tokens: _Tokens, *, shown: Iterable[str] = ()) 
             tokens.put(number, name, CONTROL, _ADDED_SCORE)
         else:
             tokens.put(number, name, USER_DEFINED, _ADDED_SCORE, written=name.replace(_SPACE, " "))
+    _note_added(files)
+
+
+def _note_added(files: SideFiles) -> None:
+    """Notes added tokens that a header cannot describe: it has no more than their texts."""
+    entries = files.definition.get("added_tokens", [])
+    flags = ("lstrip", "rstrip", "single_word")
+    if odd := [e["content"] for e in entries if any(e.get(key) for key in flags) and e["content"] not in _MASKS]:
+        named = " ".join(odd[:_NAMED]) + (" ..." if len(odd) > _NAMED else "")
+        files.notices.append(f"{named}: the tokenizer looks at what stands beside such a token, llama.cpp does not")
+    prepends = _nodes(files.definition.get("normalizer"), "Prepend")
+    if prepends and (odd := [e["content"] for e in entries if e.get("normalized") and not e.get("special")]):
+        named = " ".join(odd[:_NAMED]) + (" ..." if len(odd) > _NAMED else "")
+        files.notices.append(f"{named}: found by the tokenizer behind a space only, by llama.cpp everywhere")
 
 
 def _merges(files: SideFiles) -> list[tuple[str, str]]:
@@ -291,6 +305,8 @@ def _unigram(files: SideFiles, tokens: _Tokens, pre: str | None) -> dict[str, Va
         )
         if held.get("byte_fallback"):
             files.notices.append("the tokenizer spells unknown letters as bytes, llama.cpp's Unigram does not")
+    if model is not None and model.suffix:
+        files.notices.append("the tokenizer keeps a word's space behind it, llama.cpp before it")
     values = {"add_space_prefix": flag(prefix), "remove_extra_whitespaces": flag(squeeze)}
     if charsmap:
         values["precompiled_charsmap"] = Value(Kind.U8, list(charsmap), array=True)
@@ -327,7 +343,8 @@ def _gemma4(files: SideFiles, tokens: _Tokens, pre: str | None) -> dict[str, Val
         kind = BYTE if _BYTE.fullmatch(name) else UNKNOWN if name == held.get("unk_token") else NORMAL
         tokens.put(number, name, kind)
     _put_added(files, tokens, shown=_SHOWN)
-    return {"tokenizer.ggml.pre": text("gemma4"), "tokenizer.ggml.merges": _merge_texts(_merges(files))}
+    values = {"pre": text("gemma4"), "merges": _merge_texts(_merges(files)), "add_space_prefix": flag(False)}
+    return {f"tokenizer.ggml.{key}": value for key, value in values.items()}
 
 
 def _rwkv(files: SideFiles, tokens: _Tokens, pre: str | None) -> dict[str, Value]:

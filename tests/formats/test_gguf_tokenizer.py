@@ -255,7 +255,7 @@ def test_files_of_older_kinds(tmp_path: Path) -> None:
     (folder := tmp_path / "bert").mkdir()
     (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "##b"]))
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
-    config = {"model_type": "bert", "type_vocab_size": 2}
+    config = {"model_type": "bert"}
     found = tokenizer_metadata(vocabularies.files(folder), config, 8).metadata
     assert found[GGML + "tokens"].data == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "▁a", "b", "[PAD7]"]
     assert [found[f"{GGML}{n}_token_id"].data for n in ("bos", "seperator", "padding", "unknown", "mask")] == [
@@ -266,7 +266,6 @@ def test_files_of_older_kinds(tmp_path: Path) -> None:
         4,
     ]
     assert found[GGML + "normalizer.lowercase"].data is True
-    assert found[GGML + "token_type_count"].data == 2
 
 
 def test_a_sentencepiece_file_alone_says_what_its_definition_says(tmp_path: Path) -> None:
@@ -322,6 +321,21 @@ def test_merges_that_follow_no_score_are_told(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps(held))
     found = tokenizer_metadata(vocabularies.files(tmp_path), {}, 1510)
     assert any("follow no score" in notice for notice in found.notices)
+
+
+def test_added_tokens_that_a_header_cannot_describe_are_told(tmp_path: Path) -> None:
+    held = json.loads(vocabularies.llama2().to_str())
+    entry = dict(held["added_tokens"][-1])
+    assert not tokenizer_metadata(save(vocabularies.llama2(), tmp_path), {}, 1510).notices
+    for number, (content, more) in enumerate({
+        "<|end|>": {"rstrip": True, "special": True}, "<mask>": {"lstrip": True, "special": True},
+        "<tool>": {"normalized": True},
+    }.items()):  # fmt: skip
+        held["added_tokens"].append(entry | {"id": 1501 + number, "content": content} | more)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(held))
+    beside, behind = tokenizer_metadata(vocabularies.files(tmp_path), {}, 1510).notices
+    assert beside.startswith("<|end|>: the tokenizer looks at what stands beside")
+    assert behind.startswith("<tool>: found by the tokenizer behind a space only")
 
 
 def test_gemma4_keeps_its_merges(tmp_path: Path) -> None:
