@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from quantize.kernels.cpu import packing
-from quantize.kernels.cpu.numeric import compiled
+from quantize.kernels.cpu.lean import lean
 from quantize.kernels.cpu.simple import largest_bits
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
@@ -18,22 +18,22 @@ _SIZES = tuple(np.float32(v) for v in (0, 1, 2, 3, 4, 6, 8, 12))
 def encode_mxfp4(x: Any, importance: Any, out: Any) -> None:
     """Encodes rows to MXFP4."""
     flat = x.reshape(-1)
-    _encode_mxfp4(flat, flat.view(np.int32), out.reshape(-1))
+    _encode_mxfp4(flat, flat.view(np.int32), out.reshape(-1), np.empty(32, np.uint8))
 
 
 def encode_nvfp4(x: Any, importance: Any, out: Any) -> None:
     """Encodes rows to NVFP4."""
     flat = x.reshape(-1)
-    _encode_nvfp4(flat, flat.view(np.int32), out.reshape(-1))
+    _encode_nvfp4(flat, flat.view(np.int32), out.reshape(-1), np.empty(16, np.uint8))
 
 
-@compiled
+@lean
 def power(code: int) -> Any:
     """Returns half the scale that an E8M0 byte stands for."""
     return np.int32(0x200000 << code if code < 2 else (code - 1) << 23).view(np.float32)
 
 
-@compiled
+@lean
 def small_float(code: int) -> Any:
     """Returns half the scale that an E4M3 byte (no sign) stands for; 0 for NaN, as readers have it."""
     exponent, mantissa = code >> 3 & 15, np.float32(code & 7)
@@ -44,7 +44,7 @@ def small_float(code: int) -> Any:
     return (_ONE + mantissa / np.float32(8)) * np.int32((exponent - 8 + 127) << 23).view(np.float32)
 
 
-@compiled
+@lean
 def _small_float_code(value: Any) -> int:
     """Returns the E4M3 byte of a scale: to nearest with halves up, at most 448; small ones as whole multiples."""
     if not value > _ZERO:
@@ -57,11 +57,12 @@ def _small_float_code(value: Any) -> int:
     return 0x7E if code >= 120 else code  # from 256 on there is only 448
 
 
-@compiled
+@lean
 def _choose(x: Any, at: int, count: int, d: Any, levels: Any) -> None:
     """Sets the codes of `count` weights: the nearest value, the smaller of two; a zero has no sign."""
+    block = x[at : at + count]
     for i in range(count):
-        v = x[at + i]
+        v = block[i]
         size, code = abs(v), np.int32(0)
         best = size
         for k in range(1, 8):
@@ -71,9 +72,8 @@ def _choose(x: Any, at: int, count: int, d: Any, levels: Any) -> None:
         levels[i] = code | 8 if (v < _ZERO) & (code > 0) else code
 
 
-@compiled
-def _encode_mxfp4(x: Any, bits: Any, out: Any) -> None:
-    levels = np.empty(32, np.uint8)
+@lean
+def _encode_mxfp4(x: Any, bits: Any, out: Any, levels: Any) -> None:
     for at in range(0, x.size, 32):
         largest = np.int32(largest_bits(bits, at, 32)).view(np.float32)
         code = 0
@@ -87,9 +87,8 @@ def _encode_mxfp4(x: Any, bits: Any, out: Any) -> None:
         packing.pack_nibbles(levels, 16, out, to + 1)
 
 
-@compiled
-def _encode_nvfp4(x: Any, bits: Any, out: Any) -> None:
-    levels = np.empty(16, np.uint8)
+@lean
+def _encode_nvfp4(x: Any, bits: Any, out: Any, levels: Any) -> None:
     for at in range(0, x.size, 16):
         code = _small_float_code(np.int32(largest_bits(bits, at, 16)).view(np.float32) / np.float32(6))
         to, part = at // 64 * 36, at % 64 // 16

@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 
 from quantize.kernels.cpu import packing, search
-from quantize.kernels.cpu.numeric import compiled
-from quantize.kernels.cpu.search import LANES, SCALE, STATE, TILE, nearest, pick
+from quantize.kernels.cpu.lean import lean, pick
+from quantize.kernels.cpu.search import LANES, SCALE, TILE, TINY, nearest
 
 _BLOCK, _SUPER = 32, 256
 _ZERO, _ONE, _TWO, _LOWEST = np.float32(0), np.float32(1), np.float32(2), np.float32(-127)
-_TINY = np.float32(1e-15)
 # Rows of the searches' `state` beside SCALE.
 _LARGEST, _BEST, _TRY, _QX, _QQ = (row * LANES for row in range(1, 6))
 
@@ -25,15 +24,15 @@ VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 1
 
 def encode_iq4_nl(x: Any, importance: Any, out: Any) -> None:
     """Encodes rows to IQ4_NL."""
-    _encode(x.reshape(-1), importance, out.reshape(-1), False)
+    _encode(x.reshape(-1), importance, out.reshape(-1), False, search.workspace(), np.empty(_BLOCK, np.uint8))
 
 
 def encode_iq4_xs(x: Any, importance: Any, out: Any) -> None:
     """Encodes rows to IQ4_XS."""
-    _encode(x.reshape(-1), importance, out.reshape(-1), True)
+    _encode(x.reshape(-1), importance, out.reshape(-1), True, search.workspace(), np.empty(_BLOCK, np.uint8))
 
 
-@compiled
+@lean
 def _value(v: Any) -> Any:
     """Returns the entry of `VALUES` nearest to a float32, as float32."""
     q = _LOWEST
@@ -57,7 +56,7 @@ def _value(v: Any) -> Any:
 _HALFWAY = tuple(np.float32((a + b) / 2) for a, b in zip(VALUES, VALUES[1:], strict=False))
 
 
-@compiled
+@lean
 def _choose(x: Any, inverse: Any, levels: Any) -> None:
     """Sets the levels of 32 weights."""
     for i in range(_BLOCK):
@@ -67,10 +66,9 @@ def _choose(x: Any, inverse: Any, levels: Any) -> None:
             levels[i] += x[i] * inverse >= half
 
 
-@compiled
-def _encode(x: Any, importance: Any, out: Any, super_blocks: bool) -> None:
-    tile, weights = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
-    state, variance, levels = np.empty(STATE, np.float32), np.zeros(LANES, np.float32), np.empty(_BLOCK, np.uint8)
+@lean
+def _encode(x: Any, importance: Any, out: Any, super_blocks: bool, space: Any, levels: Any) -> None:
+    tile, weights, _, _, _, state, variance = space
     for start in range(0, x.size, TILE):
         count = min(LANES, (x.size - start) // _BLOCK)
         search.load(x, start, count, _BLOCK, x.size, tile)
@@ -94,7 +92,7 @@ def _encode(x: Any, importance: Any, out: Any, super_blocks: bool) -> None:
                 packing.pack_nibbles(levels, 16, out, at + 2)
 
 
-@compiled
+@lean
 def _variances(x: Any, start: int, count: int, size: int, variance: Any) -> None:
     """Sets each lane's variance: twice the mean square of its super-block of `size` weights."""
     per = size // _BLOCK
@@ -105,7 +103,7 @@ def _variances(x: Any, start: int, count: int, size: int, variance: Any) -> None
         variance[b * per : (b + 1) * per] = total * (_TWO / np.float32(size))
 
 
-@compiled
+@lean
 def _search(x: Any, w: Any, state: Any) -> None:
     """Sets SCALE of each lane by weighted least squares over 16 candidates; 0 for a block of zeros."""
     for k in range(LANES):
@@ -132,11 +130,11 @@ def _search(x: Any, w: Any, state: Any) -> None:
             state[SCALE + k] = pick(better, scale, state[SCALE + k])
             state[_BEST + k] = pick(better, scale * qx, state[_BEST + k])
     for k in range(LANES):
-        if abs(state[_LARGEST + k]) < _TINY:
+        if abs(state[_LARGEST + k]) < TINY:
             state[SCALE + k] = _ZERO
 
 
-@compiled
+@lean
 def _sums(x: Any, w: Any, state: Any) -> None:
     for k in range(LANES):
         state[_QX + k] = state[_QQ + k] = _ZERO
@@ -152,7 +150,7 @@ def _sums(x: Any, w: Any, state: Any) -> None:
             state[_QX + k], state[_QQ + k] = a, b
 
 
-@compiled
+@lean
 def _finish_super(x: Any, scales: Any, levels: Any, out: Any, at: int) -> None:
     """Rounds the scales of 8 blocks to 6 bits, chooses the levels for them (not for the float16), and packs."""
     largest = _ZERO

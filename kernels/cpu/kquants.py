@@ -11,46 +11,51 @@ from typing import Any
 import numpy as np
 
 from quantize.kernels.cpu import packing, search
-from quantize.kernels.cpu.numeric import compiled
-from quantize.kernels.cpu.search import BASE, INVERSE, LANES, LOW, SCALE, STATE, TILE, WEIGHT, level, nearest
+from quantize.kernels.cpu.lean import lean
+from quantize.kernels.cpu.search import BASE, INVERSE, LANES, LOW, SCALE, STATE, TINY, WEIGHT, level, nearest
 
 _SUPER = 256
 _BATCH = 64 * _SUPER
 _ZERO, _ONE, _TWO = np.float32(0), np.float32(1), np.float32(2)
-_TINY = np.float32(1e-15)
 
 
 def encode_q2_k(x: Any, importance: Any, out: Any) -> None:
     """Encodes rows to Q2_K."""
-    _encode_offset(x.reshape(-1), importance, out.reshape(-1), 2)
+    _encode_offset(x.reshape(-1), importance, out.reshape(-1), 2, search.workspace(), _bytes())
 
 
 def encode_q3_k(x: Any, importance: Any, out: Any) -> None:
     """Encodes rows to Q3_K."""
-    _encode_q3_k(x.reshape(-1), importance, out.reshape(-1))
+    batch = np.zeros((3, _BATCH // 16), np.float32), np.empty(LANES, np.int64)
+    _encode_q3_k(x.reshape(-1), importance, out.reshape(-1), search.workspace(), _bytes(), *batch)
 
 
 def encode_q4_k(x: Any, importance: Any, out: Any) -> None:
     """Encodes rows to Q4_K."""
-    _encode_offset(x.reshape(-1), importance, out.reshape(-1), 4)
+    _encode_offset(x.reshape(-1), importance, out.reshape(-1), 4, search.workspace(), _bytes())
 
 
 def encode_q5_k(x: Any, importance: Any, out: Any) -> None:
     """Encodes rows to Q5_K."""
-    _encode_offset(x.reshape(-1), importance, out.reshape(-1), 5)
+    _encode_offset(x.reshape(-1), importance, out.reshape(-1), 5, search.workspace(), _bytes())
 
 
 def encode_q6_k(x: Any, importance: Any, out: Any) -> None:
     """Encodes rows to Q6_K."""
-    _encode_q6_k(x.reshape(-1), importance, out.reshape(-1))
+    _encode_q6_k(x.reshape(-1), importance, out.reshape(-1), search.workspace(), _bytes())
+
+
+def _bytes() -> Any:
+    """Returns room for the levels of a super-block, two times 16 codes, and 16 float32."""
+    return np.empty(_SUPER, np.uint8), np.empty(16, np.uint8), np.empty(16, np.uint8), np.empty(64, np.uint8)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Q2_K, Q4_K, Q5_K: y = d * code * level - dmin * offset
 
 
-@compiled
-def _encode_offset(x: Any, importance: Any, out: Any, bits: int) -> None:
+@lean
+def _encode_offset(x: Any, importance: Any, out: Any, bits: int, space: Any, room: Any) -> None:
     """Encodes flat rows.
 
     Args:
@@ -58,13 +63,14 @@ def _encode_offset(x: Any, importance: Any, out: Any, bits: int) -> None:
         importance: float32 [cols], or empty.
         out: uint8, flat.
         bits: Bits of a level.
+        space: `search.workspace()`.
+        room: `_bytes()`.
     """
+    tile, weights, levels, _, _, state, variance = space
+    packed, codes, offsets, _ = room
     length = 16 if bits == 2 else 32
     nbytes = 84 if bits == 2 else 16 + 32 * bits
     per = _SUPER // length
-    tile, weights, levels = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32)
-    state, variance = np.empty(STATE, np.float32), np.zeros(LANES, np.float32)
-    codes, offsets, packed = np.empty(16, np.uint8), np.empty(16, np.uint8), np.empty(_SUPER, np.uint8)
     for start in range(0, x.size, LANES * length):
         count = min(LANES, (x.size - start) // length)
         search.load(x, start, count, length, x.size, tile)
@@ -96,7 +102,7 @@ def _encode_offset(x: Any, importance: Any, out: Any, bits: int) -> None:
                     packing.pack_nibbles(packed[64 * i :], 32, out, at + nbytes - 128 + 32 * i)
 
 
-@compiled
+@lean
 def _variances(x: Any, start: int, count: int, length: int, factor: Any, variance: Any) -> None:
     """Sets each lane's variance: factor times the mean square of its super-block."""
     per = _SUPER // length
@@ -107,7 +113,7 @@ def _variances(x: Any, start: int, count: int, length: int, factor: Any, varianc
         variance[b * per : (b + 1) * per] = factor * total / np.float32(_SUPER)
 
 
-@compiled
+@lean
 def _search_offset(tile: Any, weights: Any, levels: Any, bits: int, weighted: bool, state: Any) -> None:
     """Runs the search with the weights and candidates that llama.cpp has for the type; LOW becomes the offset."""
     length, top = 16 if bits == 2 else 32, np.float32((1 << bits) - 1)
@@ -126,7 +132,7 @@ def _search_offset(tile: Any, weights: Any, levels: Any, bits: int, weighted: bo
         state[LOW + k] = -state[LOW + k]
 
 
-@compiled
+@lean
 def _round_scales(state: Any, lane: int, per: int, top: Any, weighted: bool, codes: Any, offsets: Any) -> Any:
     """Sets codes and offsets of a super-block and returns their units."""
     scales, lows = state[SCALE + lane : SCALE + lane + per], state[LOW + lane : LOW + lane + per]
@@ -137,7 +143,7 @@ def _round_scales(state: Any, lane: int, per: int, top: Any, weighted: bool, cod
     return _round_positive(scales, per, top, codes), _round_positive(lows, per, top, offsets)
 
 
-@compiled
+@lean
 def _round_positive(values: Any, count: int, top: Any, codes: Any) -> Any:
     """Sets codes 0 .. top of values for the unit max / top, and returns the unit."""
     largest = _ZERO
@@ -150,7 +156,7 @@ def _round_positive(values: Any, count: int, top: Any, codes: Any) -> Any:
     return largest / top
 
 
-@compiled
+@lean
 def _choose_offset(
     x: Any, state: Any, lane: int, length: int, d: Any, dmin: Any, codes: Any, offsets: Any, top: Any, packed: Any
 ) -> None:
@@ -171,15 +177,12 @@ def _choose_offset(
 # Q3_K, Q6_K: y = d * code * level
 
 
-@compiled
-def _encode_q3_k(x: Any, importance: Any, out: Any) -> None:
+@lean
+def _encode_q3_k(x: Any, importance: Any, out: Any, space: Any, room: Any, batch: Any, pending: Any) -> None:
     weighted = importance.size > 0
-    tile, weights, work = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32)
-    levels, state, variance = np.empty(TILE, np.float32), np.empty(2 * STATE, np.float32), np.zeros(LANES, np.float32)
-    codes, units, packed = np.empty(16, np.uint8), np.empty(16, np.float32), np.empty(_SUPER, np.uint8)
-    scales, sums = np.empty(_BATCH // 16, np.float32), np.empty(_BATCH // 16, np.float32)
-    inverses = np.zeros(_BATCH // 16, np.float32)
-    waiting, pending = np.empty(TILE, np.float32), np.empty(LANES, np.int64)
+    tile, weights, work, levels, waiting, state, variance = space
+    packed, codes, _, raw = room
+    units, scales, sums, inverses = raw.view(np.float32), batch[0], batch[1], batch[2]
     for start in range(0, x.size, _BATCH):
         part = x[start : start + _BATCH]
         if weighted:
@@ -191,9 +194,9 @@ def _encode_q3_k(x: Any, importance: Any, out: Any) -> None:
                 search.weigh_importance(tile, 16, weights, variance)
                 search.sum_weights(weights, 16, state)
                 search.search_signed(tile, weights, work, 16, np.float32(4), state)
-                scales[lane : lane + count] = state[SCALE : SCALE + count]
-                sums[lane : lane + count] = state[WEIGHT : WEIGHT + count]
-                inverses[lane : lane + count] = state[INVERSE : INVERSE + count]
+                for k in range(count):
+                    scales[lane + k], sums[lane + k] = state[SCALE + k], state[WEIGHT + k]
+                    inverses[lane + k] = state[INVERSE + k]
         else:
             _refine_batch(part, tile, waiting, pending, weights, work, levels, state, scales)
         for b in range(part.size // _SUPER):
@@ -219,7 +222,7 @@ def _encode_q3_k(x: Any, importance: Any, out: Any) -> None:
             packing.pack_pairs(packed, out, at + 32)
 
 
-@compiled
+@lean
 def _refine_batch(
     x: Any, tile: Any, waiting: Any, pending: Any, weights: Any, work: Any, levels: Any, state: Any, scales: Any
 ) -> None:
@@ -254,7 +257,7 @@ def _refine_batch(
         _refine_waiting(x, pending, queued, waiting, weights, work, levels, state[STATE:], scales)
 
 
-@compiled
+@lean
 def _refine_waiting(
     x: Any, pending: Any, count: int, tile: Any, weights: Any, work: Any, levels: Any, state: Any, scales: Any
 ) -> None:
@@ -268,7 +271,7 @@ def _refine_waiting(
         scales[pending[k]] = state[SCALE + k]
 
 
-@compiled
+@lean
 def _round_signed(scales: Any, codes: Any) -> Any:
     """Sets codes 0 .. 63 of 16 scales, 32 for zero, the largest at 0, and returns the unit; all 0 if all are zero."""
     largest = _ZERO
@@ -283,7 +286,7 @@ def _round_signed(scales: Any, codes: Any) -> Any:
     return _ONE / inverse
 
 
-@compiled
+@lean
 def _choose_signed(x: Any, scales: Any, inverses: Any, top: Any, packed: Any) -> bool:
     """Sets the levels of a super-block for its rounded scales.
 
@@ -311,11 +314,11 @@ def _choose_signed(x: Any, scales: Any, inverses: Any, top: Any, packed: Any) ->
     return whole
 
 
-@compiled
-def _encode_q6_k(x: Any, importance: Any, out: Any) -> None:
-    tile, weights, work = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32)
-    state, packed, top = np.empty(STATE, np.float32), np.empty(_SUPER, np.uint8), np.float32(32)
-    units = np.empty(16, np.float32)
+@lean
+def _encode_q6_k(x: Any, importance: Any, out: Any, space: Any, room: Any) -> None:
+    tile, weights, work, _, _, state, _ = space
+    packed, _, _, raw = room
+    units, top = raw.view(np.float32), np.float32(32)
     for start in range(0, x.size, LANES * 16):
         count = min(LANES, (x.size - start) // 16)
         search.load(x, start, count, 16, x.size, tile)
@@ -329,7 +332,7 @@ def _encode_q6_k(x: Any, importance: Any, out: Any) -> None:
             scales = state[SCALE + lane : SCALE + lane + 16]
             for j in range(16):
                 largest = scales[j] if abs(scales[j]) > abs(largest) else largest
-            if abs(largest) < _TINY:
+            if abs(largest) < TINY:
                 out[at : at + 210] = 0
                 continue
             inverse = np.float32(-128) / largest

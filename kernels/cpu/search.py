@@ -4,6 +4,7 @@ A tile holds 64 blocks, one per lane, transposed: value i of lane k stands at `6
 runs over lanes and becomes vector instructions while each lane adds its values in llama.cpp's order. Tiles are flat
 float32 arrays, and everything else that belongs to a lane is a row of one array (`state`), at offsets that are known
 when the loop is compiled: with more arrays the compiler would have to prove too many of them apart and would give up.
+For the same reason loops over lanes index slices: there it sees that indices are not negative.
 
 Four values are done in one pass over the lanes, which saves most of the traffic to the sums.
 """
@@ -13,10 +14,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import types
-from numba.extending import intrinsic
 
-from quantize.kernels.cpu.numeric import MAGIC, compiled
+from quantize.kernels.cpu.lean import lean, pick
+from quantize.kernels.cpu.numeric import MAGIC
 
 LANES = 64
 LONGEST = 32  # values in a block at most
@@ -41,26 +41,19 @@ _LL = 14 * LANES
 _XL = 15 * LANES
 STATE = 16 * LANES
 
-_TINY = np.float32(1e-15)  # a block below it is zero
+TINY = np.float32(1e-15)  # a block below it is zero
 _ZERO, _ONE = np.float32(0), np.float32(1)
 _TENTH = np.float32(0.1)
 _ALMOST_HALF = np.float32(0.4999)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def pick(typing_context: Any, condition: Any, one: Any, other: Any) -> Any:
-    """Returns `one if condition else other`, as a selection and never as a branch.
-
-    The compiler makes of `a[i] = b if c else a[i]` a store under a condition, and such vector stores are slow.
-    """
-
-    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.select(*args)
-
-    return one(types.boolean, one, one), build
+def workspace() -> tuple[Any, ...]:
+    """Returns float32 arrays to work in: five tiles, a `state` of two (see `refine_signed`), and one row for variances."""
+    tiles = [np.zeros(TILE, np.float32) for _ in range(5)]
+    return (*tiles, np.zeros(2 * STATE, np.float32), np.zeros(LANES, np.float32))
 
 
-@compiled
+@lean
 def nearest(value: Any) -> Any:
     """Returns a float32 rounded to a whole number, ties to even.
 
@@ -70,7 +63,7 @@ def nearest(value: Any) -> Any:
     return np.int32((bits & 0x7FFFFF) | 0x4B000000).view(np.float32) - MAGIC
 
 
-@compiled
+@lean
 def level(value: Any, low: Any, high: Any) -> Any:
     """Returns `nearest(value)` within `low` and `high`."""
     whole = nearest(value)
@@ -78,7 +71,7 @@ def level(value: Any, low: Any, high: Any) -> Any:
     return pick(whole < high, whole, high)
 
 
-@compiled
+@lean
 def _near_level(value: Any, low: Any, high: Any) -> Any:
     """Does what `level` does for values below 2**22."""
     whole = (value + MAGIC) - MAGIC
@@ -86,19 +79,7 @@ def _near_level(value: Any, low: Any, high: Any) -> Any:
     return pick(whole < high, whole, high)
 
 
-@compiled
-def row(tile: Any, i: int) -> Any:
-    """Returns value i of all lanes. Indices into a slice are seen not to be negative, so that loops over it vectorise."""
-    return tile[i * LANES : (i + 1) * LANES]
-
-
-@compiled
-def rows(tile: Any, i: int) -> Any:
-    """Returns values i to i + 3 of all lanes."""
-    return tile[i * LANES : (i + 4) * LANES]
-
-
-@compiled
+@lean
 def load(source: Any, start: int, count: int, length: int, period: int, tile: Any) -> None:
     """Fills a tile with `count` blocks of `length` values from `source[start % period]` on; other lanes become 0.
 
@@ -120,38 +101,38 @@ def load(source: Any, start: int, count: int, length: int, period: int, tile: An
             tile[i * LANES + lane] = _ZERO
 
 
-@compiled
+@lean
 def weigh_square(x: Any, length: int, w: Any) -> None:
     """Weights x**2."""
     for i in range(length * LANES):
         w[i] = x[i] * x[i]
 
 
-@compiled
+@lean
 def weigh_size(x: Any, length: int, w: Any) -> None:
     """Weights |x|."""
     for i in range(length * LANES):
         w[i] = abs(x[i])
 
 
-@compiled
+@lean
 def weigh_spread(x: Any, length: int, w: Any, state: Any) -> None:
     """Weights |x| plus the root mean square of the block."""
     for k in range(LANES):
         state[k] = _ZERO
-    for i in range(length):
-        v = row(x, i)
+    for i in range(0, length * LANES, LANES):
+        v = x[i : i + LANES]
         for k in range(LANES):
             state[k] += v[k] * v[k]
     for k in range(LANES):
         state[k] = np.sqrt(state[k] / np.float32(length))
-    for i in range(length):
-        v, weight = row(x, i), row(w, i)
+    for i in range(0, length * LANES, LANES):
+        v, weight = x[i : i + LANES], w[i : i + LANES]
         for k in range(LANES):
             weight[k] = state[k] + abs(v[k])
 
 
-@compiled
+@lean
 def weigh_importance(x: Any, length: int, w: Any, variance: Any) -> None:
     """Weights importance * sqrt(variance + x**2).
 
@@ -161,19 +142,19 @@ def weigh_importance(x: Any, length: int, w: Any, variance: Any) -> None:
         w: The importance of each value; overwritten with the weights.
         variance: float32 [64], one for each lane.
     """
-    for i in range(length):
-        v, weight = row(x, i), row(w, i)
+    for i in range(0, length * LANES, LANES):
+        v, weight = x[i : i + LANES], w[i : i + LANES]
         for k in range(LANES):
             weight[k] = weight[k] * np.sqrt(variance[k] + v[k] * v[k])
 
 
-@compiled
+@lean
 def sum_weights(w: Any, length: int, state: Any) -> None:
     """Sets WEIGHT to the sum of each lane's weights."""
     for k in range(LANES):
         state[WEIGHT + k] = _ZERO
-    for i in range(length):
-        weight = row(w, i)
+    for i in range(0, length * LANES, LANES):
+        weight = w[i : i + LANES]
         for k in range(LANES):
             state[WEIGHT + k] += weight[k]
 
@@ -182,7 +163,7 @@ def sum_weights(w: Any, length: int, state: Any) -> None:
 # Scale and offset: x ~ scale * level + low, level 0 .. top, low <= 0.
 
 
-@compiled
+@lean
 def search_offset(
     x: Any, w: Any, levels: Any, length: int, top: Any, first: Any, step: Any, steps: int, absolute: bool, state: Any
 ) -> None:
@@ -219,14 +200,14 @@ def search_offset(
             state[LOW + k] = state[BASE + k] = state[_FLOOR + k]
 
 
-@compiled
+@lean
 def _span(x: Any, w: Any, length: int, top: Any, state: Any) -> None:
     for k in range(LANES):
         state[_FLOOR + k] = state[_HIGH + k] = x[k]
         state[WEIGHT + k] = w[k]
         state[_SUM_X + k] = w[k] * x[k]
-    for i in range(1, length):
-        values, weights = row(x, i), row(w, i)
+    for i in range(LANES, length * LANES, LANES):
+        values, weights = x[i : i + LANES], w[i : i + LANES]
         for k in range(LANES):
             v, low, high = values[k], state[_FLOOR + k], state[_HIGH + k]
             state[_FLOOR + k] = pick(v < low, v, low)
@@ -242,12 +223,12 @@ def _span(x: Any, w: Any, length: int, top: Any, state: Any) -> None:
         state[SCALE + k] = state[_TRY_SCALE + k] = _ONE / inverse
 
 
-@compiled
+@lean
 def _set_levels(x: Any, w: Any, levels: Any, length: int, top: Any, state: Any) -> None:
     for k in range(LANES):
         state[_L + k] = state[_LL + k] = state[_XL + k] = _ZERO
-    for i in range(0, length, 4):
-        values, weights, found = rows(x, i), rows(w, i), rows(levels, i)
+    for i in range(0, length * LANES, 4 * LANES):
+        values, weights, found = x[i : i + 4 * LANES], w[i : i + 4 * LANES], levels[i : i + 4 * LANES]
         for k in range(LANES):
             inverse, low = state[_TRY + k], state[LOW + k]
             a, b, c = state[_L + k], state[_LL + k], state[_XL + k]
@@ -262,12 +243,10 @@ def _set_levels(x: Any, w: Any, levels: Any, length: int, top: Any, state: Any) 
             state[_L + k], state[_LL + k], state[_XL + k] = a, b, c
 
 
-@compiled
+@lean
 def _fit(state: Any) -> None:
     for k in range(LANES):
-        sw, sx, sl, sll, sxl = (
-            state[WEIGHT + k], state[_SUM_X + k], state[_L + k], state[_LL + k], state[_XL + k]
-        )
+        sw, sx, sl, sll, sxl = (state[WEIGHT + k], state[_SUM_X + k], state[_L + k], state[_LL + k], state[_XL + k])
         d = sw * sll - sl * sl
         scale = (sw * sxl - sx * sl) / d
         low = (sll * sx - sl * sxl) / d
@@ -277,12 +256,12 @@ def _fit(state: Any) -> None:
         state[_L + k] = d
 
 
-@compiled
+@lean
 def _errors(x: Any, w: Any, levels: Any, length: int, absolute: bool, state: Any) -> None:
     for k in range(LANES):
         state[_ERROR + k] = _ZERO
-    for i in range(0, length, 4):
-        values, weights, found = rows(x, i), rows(w, i), rows(levels, i)
+    for i in range(0, length * LANES, 4 * LANES):
+        values, weights, found = x[i : i + 4 * LANES], w[i : i + 4 * LANES], levels[i : i + 4 * LANES]
         if absolute:
             for k in range(LANES):
                 scale, low, error = state[_TRY_SCALE + k], state[_TRY_LOW + k], state[_ERROR + k]
@@ -299,7 +278,7 @@ def _errors(x: Any, w: Any, levels: Any, length: int, absolute: bool, state: Any
                 state[_ERROR + k] = error
 
 
-@compiled
+@lean
 def _accept_offset(state: Any) -> None:
     for k in range(LANES):
         better = (state[_L + k] > _ZERO) & (state[_ERROR + k] < state[_BEST + k])
@@ -314,7 +293,7 @@ def _accept_offset(state: Any) -> None:
 # Scale alone: x ~ scale * level, level -top .. top - 1.
 
 
-@compiled
+@lean
 def search_signed(x: Any, w: Any, wx: Any, length: int, top: Any, state: Any) -> None:
     """Finds each lane's scale by weighted least squares over 19 candidates.
 
@@ -344,29 +323,29 @@ def search_signed(x: Any, w: Any, wx: Any, length: int, top: Any, state: Any) ->
             _signed_sums(x, w, wx, length, top, state)
             _accept_signed(state)
     for k in range(LANES):
-        if abs(state[_HIGH + k]) < _TINY:
+        if abs(state[_HIGH + k]) < TINY:
             state[SCALE + k] = state[INVERSE + k] = _ZERO
 
 
-@compiled
+@lean
 def _largest(x: Any, length: int, state: Any) -> None:
     """Sets _HIGH to the value of largest size, the first of several."""
     for k in range(LANES):
         state[_HIGH + k] = _ZERO
-    for i in range(length):
-        values = row(x, i)
+    for i in range(0, length * LANES, LANES):
+        values = x[i : i + LANES]
         for k in range(LANES):
             v, m = values[k], state[_HIGH + k]
             state[_HIGH + k] = pick(abs(v) > abs(m), v, m)
 
 
-@compiled
+@lean
 def _signed_sums(x: Any, w: Any, wx: Any, length: int, top: Any, state: Any) -> None:
     low, high = -top, top - _ONE
     for k in range(LANES):
         state[_LL + k] = state[_XL + k] = _ZERO
-    for i in range(0, length, 4):
-        values, weights, products = rows(x, i), rows(w, i), rows(wx, i)
+    for i in range(0, length * LANES, 4 * LANES):
+        values, weights, products = x[i : i + 4 * LANES], w[i : i + 4 * LANES], wx[i : i + 4 * LANES]
         for k in range(LANES):
             inverse = state[_TRY + k]
             b, c = state[_LL + k], state[_XL + k]
@@ -377,7 +356,7 @@ def _signed_sums(x: Any, w: Any, wx: Any, length: int, top: Any, state: Any) -> 
             state[_LL + k], state[_XL + k] = b, c
 
 
-@compiled
+@lean
 def _accept_signed(state: Any) -> None:
     for k in range(LANES):
         sxl, sll = state[_XL + k], state[_LL + k]
@@ -388,7 +367,7 @@ def _accept_signed(state: Any) -> None:
         state[INVERSE + k] = pick(better, state[_TRY + k], state[INVERSE + k])
 
 
-@compiled
+@lean
 def settle_signed(x: Any, length: int, top: Any, state: Any) -> None:
     """Finds the scale of the lanes whose levels `refine_signed` would not change; most are such.
 
@@ -403,15 +382,15 @@ def settle_signed(x: Any, length: int, top: Any, state: Any) -> None:
     for k in range(LANES):
         state[_TRY + k] = -top / state[_HIGH + k]
         state[_LL + k] = state[_XL + k] = state[WEIGHT + k] = _ZERO
-    for i in range(length):
-        values = row(x, i)
+    for i in range(0, length * LANES, LANES):
+        values = x[i : i + LANES]
         for k in range(LANES):
             v = values[k]
             q = _near_level(state[_TRY + k] * v, low, high)
             state[_XL + k] += v * v * v * q
             state[_LL + k] += v * v * q * q
-    for i in range(length):
-        values = row(x, i)
+    for i in range(0, length * LANES, LANES):
+        values = x[i : i + LANES]
         for k in range(LANES):
             v = values[k]
             q = _near_level(state[_TRY + k] * v, low, high)
@@ -423,13 +402,13 @@ def settle_signed(x: Any, length: int, top: Any, state: Any) -> None:
             stays = (a <= _ZERO) | (abs(new - q * a) < _ALMOST_HALF * a)
             state[WEIGHT + k] = pick(stays, state[WEIGHT + k], _ONE)
     for k in range(LANES):
-        sll, zero = state[_LL + k], abs(state[_HIGH + k]) < _TINY
+        sll, zero = state[_LL + k], abs(state[_HIGH + k]) < TINY
         scale = pick(sll > _ZERO, state[_XL + k] / sll, _ZERO)
         state[SCALE + k] = pick(zero, _ZERO, scale)
         state[WEIGHT + k] = pick(zero, _ZERO, state[WEIGHT + k])
 
 
-@compiled
+@lean
 def refine_signed(x: Any, w: Any, wx: Any, levels: Any, length: int, top: Any, state: Any) -> None:
     """Finds each lane's scale by changing one level at a time, at most five times round, with weights x**2.
 
@@ -450,8 +429,8 @@ def refine_signed(x: Any, w: Any, wx: Any, levels: Any, length: int, top: Any, s
     for k in range(LANES):
         state[_TRY + k] = -top / state[_HIGH + k]
         state[_LL + k] = state[_XL + k] = _ZERO
-    for i in range(length):
-        values, weights, products, found = row(x, i), row(w, i), row(wx, i), row(levels, i)
+    for i in range(0, length * LANES, LANES):
+        values, weights, products, found = x[i : i + LANES], w[i : i + LANES], wx[i : i + LANES], levels[i : i + LANES]
         for k in range(LANES):
             q = _near_level(state[_TRY + k] * values[k], low, high)
             found[k] = q
@@ -463,19 +442,24 @@ def refine_signed(x: Any, w: Any, wx: Any, levels: Any, length: int, top: Any, s
     for k in range(LANES):
         sll = state[_LL + k]
         state[SCALE + k] = pick(sll > _ZERO, state[_XL + k] / sll, _ZERO)
-        if abs(state[_HIGH + k]) < _TINY:
+        if abs(state[_HIGH + k]) < TINY:
             state[SCALE + k] = _ZERO
             for i in range(0, length * LANES, LANES):
                 levels[i + k] = low
 
 
-@compiled
+@lean
 def _sweep(x: Any, w: Any, wx: Any, levels: Any, length: int, low: Any, high: Any, state: Any) -> bool:
     """Tries a better level for each value in turn; returns whether any lane changed."""
     for k in range(LANES):
         state[_ERROR + k] = _ZERO
-    for i in range(0, length, 2):
-        values, weights, products, found = rows(x, i), rows(w, i), rows(wx, i), rows(levels, i)
+    for i in range(0, length * LANES, 2 * LANES):
+        values, weights, products, found = (
+            x[i : i + 2 * LANES],
+            w[i : i + 2 * LANES],
+            wx[i : i + 2 * LANES],
+            levels[i : i + 2 * LANES],
+        )
         for k in range(LANES):
             sxl, sll, changes = state[_XL + k], state[_LL + k], state[_ERROR + k]
             # Two values at once, and a level plus its change: else there are stores under a condition again.
@@ -501,7 +485,7 @@ def _sweep(x: Any, w: Any, wx: Any, levels: Any, length: int, low: Any, high: An
 # The scales of a super-block, one at a time.
 
 
-@compiled
+@lean
 def search_scales(x: Any, w: Any, count: int, top: Any, codes: Any) -> Any:
     """Finds the weighted least squares scale of values that are not negative, x ~ scale * code, code 0 .. top.
 
@@ -519,7 +503,7 @@ def search_scales(x: Any, w: Any, count: int, top: Any, codes: Any) -> Any:
     for i in range(count):
         largest = max(largest, x[i])
         codes[i] = 0
-    if largest < _TINY:
+    if largest < TINY:
         return _ZERO
     inverse = top / largest
     best = _scales_error(x, w, count, inverse, top, True)
@@ -554,7 +538,7 @@ def search_scales(x: Any, w: Any, count: int, top: Any, codes: Any) -> Any:
     return sxl / sll if sll > _ZERO else _ZERO
 
 
-@compiled
+@lean
 def _scales_error(x: Any, w: Any, count: int, inverse: Any, top: Any, wraps: bool) -> Any:
     scale, error = _ONE / inverse, _ZERO
     for i in range(count):
@@ -565,7 +549,7 @@ def _scales_error(x: Any, w: Any, count: int, inverse: Any, top: Any, wraps: boo
     return error
 
 
-@compiled
+@lean
 def search_signed_scales(x: Any, w: Any, count: int, top: Any, codes: Any) -> Any:
     """Does what `search_signed` does, for one block.
 
@@ -583,7 +567,7 @@ def search_signed_scales(x: Any, w: Any, count: int, top: Any, codes: Any) -> An
     for i in range(count):
         codes[i] = 0
         largest = x[i] if abs(x[i]) > abs(largest) else largest
-    if abs(largest) < _TINY:
+    if abs(largest) < TINY:
         return _ZERO
     low, high = -top, top - _ONE
     scale, best, chosen = _ZERO, _ZERO, _ZERO

@@ -1,7 +1,8 @@
 """Encoders of Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0: blocks of 32 weights with one scale and perhaps one offset.
 
-Without importance a block is one pass over memory. Minima and maxima are taken of the bits as integers, since the
-compiler may not reorder those of floats; equal sizes are then told apart in llama.cpp's order.
+Without importance a block is one pass over memory. Minima and maxima are taken of the bits as integers, since those of
+floats may not be reordered; equal sizes are then told apart in llama.cpp's order. The length of a block comes as an
+argument, since loops of a known length of 32 are unrolled before they could be vectorised.
 """
 
 from __future__ import annotations
@@ -9,10 +10,15 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 from quantize.kernels.cpu import packing, search
-from quantize.kernels.cpu.numeric import MAGIC, compiled
-from quantize.kernels.cpu.search import BASE, INVERSE, LANES, LOW, SCALE, STATE, TILE, level
+from quantize.kernels.cpu.lean import lean
+from quantize.kernels.cpu.numeric import MAGIC
+from quantize.kernels.cpu.search import BASE, INVERSE, LANES, LOW, SCALE, TILE, level
 
 _BLOCK = 32
 _ZERO, _ONE, _HALF = np.float32(0), np.float32(1), np.float32(0.5)
@@ -48,24 +54,44 @@ def encode_q8_0(x: Any, importance: Any, out: Any) -> None:
 
 def _encode(x: Any, importance: Any, out: Any, offset: bool, bits: int) -> None:
     if importance.size:
-        _encode_weighted(x, importance, out.reshape(-1), offset, bits)
+        spread, levels = np.empty(x.shape[0], np.float32), np.empty(_BLOCK, np.uint8)
+        _encode_weighted(x, importance, out.reshape(-1), offset, bits, search.workspace(), spread, levels)
         return
     flat = x.reshape(-1)
     plain = _encode_offset if offset else _encode_signed
-    plain(flat, flat.view(np.int32), out.reshape(-1), bits)
+    plain(flat, flat.view(np.int32), out.reshape(-1), bits, _BLOCK)
 
 
-@compiled
+@lean
 def largest_bits(bits: Any, at: int, count: int) -> Any:
     """Returns the bits of the largest |x| of a block, given the bits of all x as int32."""
-    most = np.int32(0)
+    most, block = np.int32(0), bits[at : at + count]
     for i in range(count):
-        size = np.int32(bits[at + i] & _REST)
+        size = np.int32(block[i] & _REST)
         most = size if size > most else most
     return most
 
 
-@compiled
+@intrinsic  # type: ignore[untyped-decorator]
+def _bit_extremes(typing_context: Any, bits: Any) -> Any:
+    """Returns the greatest, the greatest with flipped sign bits, and the least of 32 int32, by vector instructions."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        array = context.make_array(signature.args[0])(context, builder, args[0])
+        whole = ir.VectorType(ir.IntType(32), _BLOCK)
+        values = builder.load(builder.bitcast(array.data, whole.as_pointer()), align=4)
+        flipped = builder.xor(values, ir.Constant(whole, [-0x80000000] * _BLOCK))
+        results = []
+        for kind, vector in (("smax", values), ("smax", flipped), ("smin", values)):
+            function = ir.FunctionType(ir.IntType(32), [whole])
+            name = f"llvm.vector.reduce.{kind}.v{_BLOCK}i32"
+            results.append(builder.call(cgutils.get_or_insert_function(builder.module, function, name), [vector]))
+        return context.make_tuple(builder, signature.return_type, results)
+
+    return types.UniTuple(types.int32, 3)(bits), build
+
+
+@lean
 def round_away(value: Any) -> Any:
     """Returns a float32 below 2**22 rounded to a whole number, halves away from zero."""
     size = abs(value)
@@ -74,86 +100,83 @@ def round_away(value: Any) -> Any:
     return -whole if value < _ZERO else whole
 
 
-@compiled
-def _encode_signed(x: Any, bits: Any, out: Any, width: int) -> None:
+@lean
+def _encode_signed(x: Any, bits: Any, out: Any, width: int, length: int) -> None:
     """Encodes to Q4_0 or Q5_0: the weight of largest size gets the lowest level."""
-    nbytes, levels = 2 + 4 * width, np.empty(_BLOCK, np.uint8)
-    middle, top = np.float32((1 << width - 1) + 0.5), np.int32((1 << width) - 1)
-    for at in range(0, x.size, _BLOCK):
-        d = _signed_largest(x, bits, at) / -np.float32(1 << width - 1)
+    nbytes, middle = 2 + 4 * width, np.float32((1 << width - 1) + 0.5)
+    for at in range(0, x.size, length):
+        block, to = x[at : at + length], at // length * nbytes
+        d = _signed_largest(block, bits[at : at + length]) / -np.float32(1 << width - 1)
         inverse, shift = _ONE / d if d != _ZERO else _ZERO, middle
         if np.isinf(inverse):  # the levels are 0 then
             inverse, shift = _ZERO, _ZERO
-        for i in range(_BLOCK):
-            q = np.int32(x[at + i] * inverse + shift)
-            levels[i] = q if q < top else top
-        to = at // _BLOCK * nbytes
         packing.put_half(d, out, to)
-        if width == 5:
-            packing.pack_fifth_bits(levels, out, to + 2)
-        packing.pack_nibbles(levels, 16, out, to + nbytes - 16)
+        _put_levels(block, _ZERO, inverse, shift, width, out[to + 2 : to + nbytes])
 
 
-@compiled
-def _signed_largest(x: Any, bits: Any, at: int) -> Any:
+@lean
+def _signed_largest(x: Any, bits: Any) -> Any:
     """Returns the weight of largest size in a block, the first of several; +0 if all are zero."""
-    above, below = _SIGN, _SIGN
-    for i in range(_BLOCK):
-        value = bits[at + i]
-        above = value if value > above else above
-        value = np.int32(value ^ _SIGN)
-        below = value if value > below else below
+    above, below, _ = _bit_extremes(bits)
     if above > below:
         return np.int32(above).view(np.float32)
     if below > above:
         return -np.int32(below).view(np.float32) + _ZERO
-    for i in range(_BLOCK):
-        if np.int32(bits[at + i] & _REST) == above:
-            return x[at + i]
+    for i in range(x.size):
+        if np.int32(bits[i] & _REST) == above:
+            return x[i]
     return _ZERO
 
 
-@compiled
-def _encode_offset(x: Any, bits: Any, out: Any, width: int) -> None:
+@lean
+def _encode_offset(x: Any, bits: Any, out: Any, width: int, length: int) -> None:
     """Encodes to Q4_1 or Q5_1: the grid spans the block."""
-    nbytes, levels = 4 + 4 * width, np.empty(_BLOCK, np.uint8)
-    top = np.int32((1 << width) - 1)
-    for at in range(0, x.size, _BLOCK):
-        low, high = _extremes(x, bits, at)
-        d = (high - low) / np.float32(top)
+    nbytes, top = 4 + 4 * width, np.float32((1 << width) - 1)
+    for at in range(0, x.size, length):
+        block, to = x[at : at + length], at // length * nbytes
+        low, high = _extremes(block, bits[at : at + length])
+        d = (high - low) / top
         inverse = _ONE / d if d != _ZERO else _ZERO
         if np.isinf(inverse):
             inverse = _ZERO
-        for i in range(_BLOCK):
-            q = np.int32((x[at + i] - low) * inverse + _HALF)
-            levels[i] = q if q < top else top
-        to = at // _BLOCK * nbytes
         packing.put_half(d, out, to)
         packing.put_half(low, out, to + 2)
-        if width == 5:
-            packing.pack_fifth_bits(levels, out, to + 4)
-        packing.pack_nibbles(levels, 16, out, to + nbytes - 16)
+        _put_levels(block, low, inverse, _HALF, width, out[to + 4 : to + nbytes])
 
 
-@compiled
-def _extremes(x: Any, bits: Any, at: int) -> Any:
+@lean
+def _extremes(x: Any, bits: Any) -> Any:
     """Returns least and greatest weight of a block; a least of zero has the sign of the first zero."""
-    least, most = _REST, _SIGN
-    for i in range(_BLOCK):
-        value = bits[at + i]
-        value = np.int32(value ^ np.int32(np.int32(value >> 31) & _REST))  # in the order of the floats
-        least = value if value < least else least
-        most = value if value > most else most
-    low = np.int32(least ^ np.int32(np.int32(least >> 31) & _REST)).view(np.float32)
-    high = np.int32(most ^ np.int32(np.int32(most >> 31) & _REST)).view(np.float32) + _ZERO
+    above, below, least = _bit_extremes(bits)
+    # As integers, negative floats are below all others, and the further from zero the greater.
+    high = np.int32(above if above >= 0 else least).view(np.float32) + _ZERO
+    low = -np.int32(below).view(np.float32) if below >= 0 else np.int32(least).view(np.float32)
     if low == _ZERO:
-        for i in range(_BLOCK):
-            if x[at + i] == _ZERO:
-                return x[at + i], high
+        for i in range(x.size):
+            if x[i] == _ZERO:
+                return x[i], high
     return low, high
 
 
-@compiled
+@lean
+def _put_levels(x: Any, low: Any, inverse: Any, shift: Any, width: int, out: Any) -> None:
+    """Stores the levels of (x - low) * inverse + shift, cut off below the point: fifth bits, if any, then nibbles."""
+    half, top = x.size // 2, np.int32((1 << width) - 1)
+    first, second = x[:half], x[half:]
+    packed = out[out.size - half :]
+    high = np.int64(0)
+    if width == 5:
+        for i in range(x.size):
+            q = np.int32((x[i] - low) * inverse + shift)
+            high |= np.int64(min(q, top) >> 4) << i
+        for byte in range(4):
+            out[byte] = high >> 8 * byte & 255
+    for i in range(half):
+        a, b = np.int32((first[i] - low) * inverse + shift), np.int32((second[i] - low) * inverse + shift)
+        packed[i] = ((a if a < top else top) & 15) | ((b if b < top else top) << 4)
+
+
+@lean
 def _encode_q8_0(x: Any, bits: Any, out: Any) -> None:
     for at in range(0, x.size, _BLOCK):
         d = np.int32(largest_bits(bits, at, _BLOCK)).view(np.float32) / np.float32(127)
@@ -162,22 +185,24 @@ def _encode_q8_0(x: Any, bits: Any, out: Any) -> None:
             inverse = _ZERO
         to = at // _BLOCK * 34
         packing.put_half(d, out, to)
+        block, packed = x[at : at + _BLOCK], out[to + 2 : to + 34]
         for i in range(_BLOCK):
-            out[to + 2 + i] = np.int32(round_away(x[at + i] * inverse))
+            packed[i] = np.int32(round_away(block[i] * inverse))
 
 
-@compiled
-def _encode_weighted(x: Any, importance: Any, out: Any, offset: bool, width: int) -> None:
+@lean
+def _encode_weighted(
+    x: Any, importance: Any, out: Any, offset: bool, width: int, space: Any, spread: Any, levels: Any
+) -> None:
     """Encodes to any of the four, by weighted least squares; the variance in the weights is that of the whole row."""
     rows, cols = x.shape
-    flat, spread = x.reshape(-1), np.empty(rows, np.float32)
+    flat = x.reshape(-1)
+    tile, weights, work, _, _, state, variance = space
     for row in range(rows):
         total = _ZERO
         for v in x[row]:
             total += v * v
         spread[row] = total / np.float32(cols)
-    tile, weights, work = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32)
-    state, variance, levels = np.empty(STATE, np.float32), np.zeros(LANES, np.float32), np.empty(_BLOCK, np.uint8)
     nbytes = (4 if offset else 2) + 4 * width
     top = np.float32((1 << width) - 1) if offset else np.float32(1 << width - 1)
     for start in range(0, flat.size, TILE):
@@ -203,7 +228,7 @@ def _encode_weighted(x: Any, importance: Any, out: Any, offset: bool, width: int
             packing.pack_nibbles(levels, 16, out, to + nbytes - 16)
 
 
-@compiled
+@lean
 def _levels(x: Any, inverse: Any, base: Any, top: Any, offset: bool, levels: Any) -> None:
     if offset:
         for i in range(_BLOCK):
