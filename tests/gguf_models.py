@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import gguf
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from quantize.formats.gguf.metadata import Value
@@ -256,7 +258,20 @@ def build(name: str, **changes: Any) -> Any:
 def save(name: str, folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
     """Writes such a model, without a tokenizer."""
     build(name, **changes).to(dtype).save_pretrained(folder)
+    if name == "flan-t5":  # transformers 5 makes it tied, which published ones are not
+        held = load_file(folder / "model.safetensors")
+        held["lm_head.weight"] = held["shared.weight"].flip(0).contiguous()
+        save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+        said = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": False}
+        (folder / "config.json").write_text(json.dumps(said))
     return folder
+
+
+def load(name: str, folder: Path) -> Any:
+    """Returns the model in a folder as transformers loads it: as saved, not as built."""
+    import transformers
+
+    return getattr(transformers, MODELS[name][0]).from_pretrained(folder).eval()
 
 
 def write_gguf(view: GGUFView, path: Path, kind: gguf.GGMLQuantizationType) -> Path:

@@ -81,7 +81,7 @@ class GGUFCheckpoint:
         self.dropped = {name: "the config states what makes it" for name in COMPUTED if name in self._stored}
         self.config = read_config(architecture, keys, self._stored)
         held: dict[str, Lazy] = {n: _Held(n, s) for n, s in self._stored.items() if n not in self.dropped}
-        settings = Settings(self.config, self._first.file, keys.whole("nextn_predict_layers", 0), whole=True)
+        settings = Settings(self.config, self._first.file, keys.whole("nextn_predict_layers", 0), keys)
         self._made = backward(architecture, settings, held)
 
     @property

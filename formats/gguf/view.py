@@ -63,6 +63,7 @@ class GGUFView:
         self._made = forward(self.architecture, self.settings, held)
         self._place_head(held)
         self._refuse_unlisted(held)
+        self._metadata = self.architecture.metadata(self.settings)
         computed = {name: Constant(values) for name, values in self.architecture.made(self.settings).items()}
         self._made = self._ordered({**computed, **self._made})
 
@@ -222,19 +223,13 @@ class GGUFView:
         return len(self._made[name].shape) < 2 or not name.endswith(".weight") or bool(_FLOAT.search(name))
 
     def metadata(self) -> dict[str, Value]:
-        """Returns the header's metadata, but for the tokenizer and what quantization adds.
-
-        Raises:
-            InputError: config.json lacks a setting, or says what llama.cpp cannot follow.
-        """
+        """Returns the header's metadata, but for the tokenizer and what quantization adds."""
         name = self.architecture.name
         sizes = {n: math.prod(t.shape) for n, t in self._made.items()}
-        own = self.architecture.metadata(self.settings)
-        own["vocab_size"] = u32(self._made["token_embd.weight"].shape[0])
+        own = self._metadata | {"vocab_size": u32(self._made["token_embd.weight"].shape[0])}
         return {
             "general.architecture": text(name),
             "general.type": text("model"),
             **general_metadata(self._base, sizes, self.settings.experts),
             **{key if key.startswith("tokenizer.") else f"{name}.{key}": value for key, value in own.items()},
         }
-

@@ -28,13 +28,13 @@ class Settings:
         root: The whole config.
         file: Where it is from, for messages.
         mtp: The number of blocks that predict further tokens, behind the others.
-        whole: Whether the config says all, so that nothing is to be assumed.
+        keys: The metadata that the config was made of; then it says all, and nothing is assumed.
     """
 
     root: Mapping[str, Any]
     file: Path
     mtp: int = 0
-    whole: bool = False
+    keys: Keys | None = None
 
     @cached_property
     def own(self) -> Mapping[str, Any]:
@@ -45,7 +45,7 @@ class Settings:
     @cached_property
     def filled(self) -> Mapping[str, Any]:
         """The same with what transformers assumes where a config is silent; as it is when the kind is unknown."""
-        if self.whole:
+        if self.keys is not None:
             return self.own
         from transformers import CONFIG_MAPPING
 

@@ -67,7 +67,7 @@ def _back(keys: Keys, shapes: Any) -> dict[str, Any]:
         "d_kv": keys.whole("attention.key_length"),
         "feed_forward_proj": "gated-gelu" if gate else "relu",
         "is_encoder_decoder": True,
-        "scale_decoder_outputs": "output.weight" not in shapes and not keys.raw(_FOLDED),
+        "scale_decoder_outputs": "output.weight" not in shapes,
     }
 
 
@@ -86,8 +86,14 @@ def _scaled(settings: Settings, tensors: Sequence[Lazy]) -> Sequence[Lazy]:
     return [Mapped(tensors[0], lambda x: x * factor)] if _scales(settings) else tensors
 
 
-# The last norm takes the scale; a model made of the file says in its config that there is none left.
-_SCALED = Operation(_scaled, lambda settings, tensors: tensors)
+def _unscaled(settings: Settings, tensors: Sequence[Lazy]) -> Sequence[Lazy]:
+    factor = settings.hidden**0.5
+    folded = settings.keys is not None and settings.keys.raw(_FOLDED)
+    return [Mapped(tensors[0], lambda x: x * factor)] if folded else tensors
+
+
+# The last norm takes the scale. Files of others leave it out, so that one of ours says so.
+_SCALED = Operation(_scaled, _unscaled)
 _FOLDED = "decoder_output_scale_folded"
 _CONTEXT = 512
 
