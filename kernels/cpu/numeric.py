@@ -7,11 +7,16 @@ adding in another order.
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
 import numpy as np
+from numba.core import config
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -24,7 +29,29 @@ def compiled(function: _F) -> _F:
 
     Divisions by zero give Inf or NaN as in C: a branch would keep loops from being vectorised.
     """
-    return numba.njit(cache=True, nogil=True, error_model="numpy", boundscheck=False)(function)  # type: ignore[no-any-return]
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "boundscheck": False}
+    before = config.CACHE_DIR
+    config.CACHE_DIR = before or str(code_folder())
+    try:
+        return numba.njit(cache=True, **options)(function)  # type: ignore[no-any-return]
+    except RuntimeError:  # no folder can be written to: compile anew in every process
+        return numba.njit(**options)(function)  # type: ignore[no-any-return]
+    finally:
+        config.CACHE_DIR = before
+
+
+@cache
+def code_folder() -> Path:
+    """Returns the folder for machine code of these very sources.
+
+    numba looks at the file of a function and not at those of the functions that it calls, which are compiled into it:
+    so the name holds a hash of all files here, and code of other versions is never taken.
+    """
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
+    return base / "quantize" / "compiled" / digest.hexdigest()[:16]
 
 
 def inlined(function: _F) -> _F:
