@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from quantize.kernels.cpu.grids import codebook
-from quantize.kernels.cpu.gridscan import level, nearest8
-from quantize.kernels.cpu.gridsearch import SUPER, mean_square
-from quantize.kernels.cpu.gridsplit import add_up, room, sort, split_one, split_two
+from quantize.kernels.cpu.gridscan import Tables, level, nearest8, raw_tables, tables
+from quantize.kernels.cpu.gridsearch import SUPER, costs, mean_square, plain_costs
+from quantize.kernels.cpu.gridsplit import add_up, raw_sums, room, sort, split_one, split_two
 from quantize.kernels.cpu.numeric import compiled, to_half
+from quantize.kernels.cpu.raw import raw
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -20,113 +21,91 @@ _ZERO, _ONE, _TWO, _EIGHTH, _TOP_CODE, _UNITS = (np.float32(v) for v in (0, 1, 2
 _EPS_S, _EPS_M, _FUDGE_S, _FUDGE_M = (np.float32(v) for v in (1e-12, 1e-7, 1.125, 1.1125))
 
 
-class _Tables(NamedTuple):
-    """The codebook as the loops want it: -1, 0 and 1 instead of levels."""
-
-    where: Any  # int32 [keys]
-    first: Any  # int32 [lists + 1]
-    levels: Any  # int8 [tiles * 64]
-    names: Any  # uint16 [tiles * 8]
-    points: Any  # float32 [points, 8]
-
-
 class _Super(NamedTuple):
-    """What one super-block becomes, and room for one block."""
+    """What one super-block becomes; arrays outside, pointers inside."""
 
     index: Any  # int64 [32]
     shifts: Any  # int64 [16]: as in gridsplit.Split, of each block
     scales: Any  # float32 [16]
     weight: Any  # float32 [256]: costs
-    levels: Any  # int64 [32]
-    rank: Any  # int32 [32]
-    order: Any  # int64 [32]
+    levels: Any  # int64 [32], of one block
+    order: Any  # int64 [32], of one block
 
 
 @cache
-def _tables() -> _Tables:
-    book = codebook("iq1")
-    return _Tables(book.where, book.first, book.levels - np.int8(1), book.names, book.values)
+def _tables() -> Tables:
+    return tables(codebook("iq1"), False)
 
 
 def encode_iq1_s(x: NDArray[np.float32], importance: NDArray[np.float32], out: NDArray[np.uint8]) -> None:
     """Encodes rows; ggml.py has the contract. Importance must be there."""
-    _encode(x, importance, out, _tables(), False)
+    _run(x, importance, out, False)
 
 
 def encode_iq1_m(x: NDArray[np.float32], importance: NDArray[np.float32], out: NDArray[np.uint8]) -> None:
     """Encodes rows; ggml.py has the contract."""
-    _encode(x, importance, out, _tables(), True)
+    _run(x, importance, out, True)
+
+
+def _run(x: NDArray[np.float32], importance: NDArray[np.float32], out: NDArray[np.uint8], halves: bool) -> None:
+    """Encodes rows with room of its own."""
+    numbers, counts = np.zeros((2, 16), np.int64), np.zeros((3, 32), np.int64)
+    scales, weight = np.zeros(16, np.float32), np.zeros(SUPER, np.float32)
+    done = _Super(counts[0], numbers[0], scales, weight, counts[1], counts[2])
+    _encode(x, importance, out, _tables(), halves, done, room())
 
 
 @compiled
-def _encode(x: Any, importance: Any, out: Any, table: Any, halves: bool) -> None:
+def _encode(x: Any, importance: Any, out: Any, table: Any, halves: bool, done: Any, room: Any) -> None:
     """Encodes rows of super-blocks, to IQ1_M if each half of a block has its own shift."""
-    sums = room()
-    done = _Super(
-        np.empty(32, np.int64), np.empty(16, np.int64), np.empty(16, np.float32), np.empty(SUPER, np.float32),
-        np.empty(32, np.int64), np.empty(32, np.int32), np.zeros(32, np.int64),
-    )  # fmt: skip
-    nbytes = 56 if halves else 50
-    for r in range(x.shape[0]):
+    tables, sums, weight = raw_tables(table), raw_sums(room), raw(done.weight)
+    d = _Super(raw(done.index), raw(done.shifts), raw(done.scales), weight, raw(done.levels), raw(done.order))
+    n, nbytes = (16, 56) if halves else (32, 50)
+    for row in range(x.shape[0]):
         for s in range(x.shape[1] // SUPER):
-            row, start = x[r], s * SUPER
-            _costs(row, start, importance, done.weight)
-            most = _blocks(row, start, table, halves, sums, done)
-            block = out[r, s * nbytes : (s + 1) * nbytes]
-            block[:] = 0
-            if halves:
-                _write_m(row, start, most, table, done, block)
+            values = raw(x) + row * x.shape[1] + SUPER * s
+            square = mean_square(values, _TWO)
+            if importance.size:
+                costs(values, SUPER, raw(importance) + SUPER * s, square, weight)
             else:
-                _write_s(most, done, block)
+                plain_costs(values, SUPER, _ZERO, weight)
+            most = _ZERO
+            for b in range(SUPER // n):
+                most = max(most, _block(values + n * b, b, n, tables, halves, sums, d))
+            block = raw(out) + row * out.shape[1] + nbytes * s
+            if halves:
+                _write_m(values, most, tables, d, block)
+            else:
+                _write_s(most, d, block)
 
 
 @compiled
-def _costs(x: Any, start: int, importance: Any, weight: Any) -> None:
-    """Writes what errors of a super-block's weights cost."""
-    square = mean_square(x, start, _TWO)
-    for i in range(SUPER):
-        value = x[start + i]
-        if importance.size:
-            weight[i] = importance[start + i] * np.sqrt(square + value * value)
-        else:
-            weight[i] = value * value
-
-
-@compiled
-def _blocks(x: Any, start: int, table: Any, halves: bool, sums: Any, done: Any) -> Any:
-    """Fills `done` with points, shifts and scales of one super-block; returns its largest scale, float32."""
-    n = 16 if halves else 32
-    eps = _EPS_M if halves else _EPS_S
-    done.index[:] = 0
-    done.shifts[:] = 0
-    most_scale = _ZERO
-    for b in range(SUPER // n):
-        at = start + n * b
-        weight = done.weight[n * b : n * (b + 1)]
-        done.scales[b] = 0
-        most = _ZERO
-        for i in range(n):
-            most = max(most, abs(x[at + i]))
-        if most < eps:
-            continue
-        sort(x, at, n, done.rank, done.order)
-        add_up(x, at, n, weight, done.order, halves, sums)
-        split = split_two(n, sums) if halves else split_one(n, sums)
-        if split.first < 0:
-            continue
-        scale, shift = split.scale, split.shift
-        for j in range(n):
-            done.levels[done.order[j]] = (j >= split.first) + (j >= split.second)
-        if scale < 0:
-            scale = -scale
-            shift = (3 if halves else 1) - shift
-            for j in range(n):
-                done.levels[j] = 2 - done.levels[j]
-        scale = _choose(x, at, n, weight, table, halves, scale, shift, done, n // 8 * b)
-        done.shifts[b] = shift
-        done.scales[b] = scale
-        most_scale = max(most_scale, scale)
-    return most_scale
+def _block(x: Any, b: int, n: int, table: Any, halves: bool, sums: Any, done: Any) -> Any:
+    """Finds points, shift and scale of the b-th block of n weights; returns the scale, float32."""
+    index, weight = done.index + n // 8 * b, done.weight + n * b
+    done.scales[b], done.shifts[b] = _ZERO, 0
+    for g in range(n // 8):
+        index[g] = 0
+    most = _ZERO
+    for i in range(n):
+        most = max(most, abs(x[i]))
+    if most < (_EPS_M if halves else _EPS_S):
+        return _ZERO
+    sort(x, n, sums, done.order)
+    add_up(x, n, weight, done.order, halves, sums)
+    split = split_two(n, sums) if halves else split_one(n, sums)
+    if split.first < 0:
+        return _ZERO
+    scale, shift = split.scale, split.shift
+    for j in range(n):
+        found = (j >= split.first) + (j >= split.second)
+        done.levels[done.order[j]] = 2 - found if scale < 0 else found
+    if scale < 0:
+        scale = -scale
+        shift = (3 if halves else 1) - shift
+    done.shifts[b] = shift
+    done.scales[b] = _choose(x, n, weight, table, halves, scale, shift, done.levels, index)
+    return done.scales[b]
 
 
 @compiled
@@ -138,30 +117,26 @@ def _shift(halves: bool, shift: int, g: int) -> Any:
 
 @compiled
 def _choose(
-    x: Any, at: int, n: int, weight: Any, table: Any, halves: bool, scale: Any, shift: int, done: Any, to: int
+    x: Any, n: int, weight: Any, table: Any, halves: bool, scale: Any, shift: int, levels: Any, index: Any
 ) -> Any:  # fmt: skip
-    """Writes the points of a block to `done.index` from `to` on; returns its scale, float32."""
+    """Writes the points of a block; returns its scale, float32."""
     moved = False
-    values = x[at : at + n]
     for g in range(n // 8):
         key = np.int64(0)
         for i in range(7, -1, -1):
-            key = key * 3 + done.levels[8 * g + i]
+            key = key * 3 + levels[8 * g + i]
         point = np.int64(table.where[key])
         if point < 0:
             moved = True
-            first, last = table.first[-1 - point], table.first[-point]
-            up = _shift(halves, shift, g)
-            position = nearest8(table.levels, first, last, values, weight, 8 * g, scale, up)
-            point = np.int64(table.names[position])
-        done.index[to + g] = point
+            point = nearest8(table, point, x + 8 * g, weight + 8 * g, scale, _shift(halves, shift, g))
+        index[g] = point
     if moved:
         sx, s2 = _ZERO, _ZERO
         for g in range(n // 8):
             up = _shift(halves, shift, g)
             for i in range(8):
-                q = table.points[done.index[to + g], i] + up
-                sx += weight[8 * g + i] * q * values[8 * g + i]
+                q = table.points[8 * index[g] + i] + up
+                sx += weight[8 * g + i] * q * x[8 * g + i]
                 s2 += weight[8 * g + i] * q * q
         if sx > 0 and s2 > 0:
             return sx / s2
@@ -172,9 +147,8 @@ def _choose(
 def _write_s(most: Any, done: Any, block: Any) -> None:
     """0: scale; 2..33: low bytes of indices; 34..49: per 32 weights four times 3 high bits, 3 of scale, 1 of shift."""
     unit = most / _UNITS
-    if most > 0:
-        half = to_half(unit * _FUDGE_S)
-        block[0], block[1] = half & 255, half >> 8
+    half = np.int64(to_half(unit * _FUDGE_S)) if most > 0 else 0
+    block[0], block[1] = half & 255, half >> 8
     for b in range(8):
         word = np.int64(0)
         for g in range(4):
@@ -186,7 +160,7 @@ def _write_s(most: Any, done: Any, block: Any) -> None:
 
 
 @compiled
-def _write_m(x: Any, start: int, most: Any, table: Any, done: Any, block: Any) -> None:
+def _write_m(x: Any, most: Any, table: Any, done: Any, block: Any) -> None:
     """0..31: low bytes of indices; 32..47: per point 3 high bits and 1 of shift; 48..55: four words.
 
     Each word has four 3-bit scales, and on top four bits of the float16 that multiplies them all. That one is fitted
@@ -194,7 +168,10 @@ def _write_m(x: Any, start: int, most: Any, table: Any, done: Any, block: Any) -
     """
     for g in range(32):
         block[g] = done.index[g] & 255
-        block[32 + g // 2] |= done.index[g] >> 8 << 4 * (g % 2)
+    for b in range(16):
+        block[32 + b] = done.index[2 * b] >> 8 | done.index[2 * b + 1] >> 8 << 4
+    for i in range(48, 56):
+        block[i] = 0
     if not most > 0:
         return
     unit = most / _UNITS
@@ -209,9 +186,9 @@ def _write_m(x: Any, start: int, most: Any, table: Any, done: Any, block: Any) -
         block[32 + b] |= (done.shifts[b] >> 1) << 3 | (done.shifts[b] & 1) << 7
         for i in range(16):
             up = _shift(True, done.shifts[b], i // 8)
-            q = (table.points[done.index[2 * b + i // 8], i % 8] + up) * np.float32(2 * code + 1)
+            q = (table.points[8 * done.index[2 * b + i // 8] + i % 8] + up) * np.float32(2 * code + 1)
             cost = done.weight[16 * b + i] * q
-            sx += cost * x[start + 16 * b + i]
+            sx += cost * x[16 * b + i]
             s2 += cost * q
     if s2 > 0:
         unit = sx / s2

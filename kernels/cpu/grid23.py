@@ -8,28 +8,28 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from quantize.kernels.cpu.grids import codebook
-from quantize.kernels.cpu.gridscan import LANES, level
+from quantize.kernels.cpu.gridscan import LANES, Tables, level, raw_room, raw_tables, room, tables
 from quantize.kernels.cpu.gridsearch import (
     ALWAYS,
     ANY_OFF_GRID,
     OFF_GRID,
     SUPER,
-    Tables,
+    costs,
     mean_square,
+    plain_costs,
     positive_scale,
-    scratch,
     search,
-    tables,
     take_signs,
 )
 from quantize.kernels.cpu.numeric import compiled, to_half
+from quantize.kernels.cpu.raw import raw
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _XXS2, _XS2, _S2, _XXS3, _S3 = range(5)
 
-_ZERO, _HALF, _ONE, _TOP_CODE, _UNITS = (np.float32(v) for v in (0, 0.5, 1, 15, 31))
+_ZERO, _ONE, _TOP_CODE, _UNITS = (np.float32(v) for v in (0, 1, 15, 31))
 
 
 class Rules(NamedTuple):
@@ -50,7 +50,7 @@ class Rules(NamedTuple):
 
 
 class _Super(NamedTuple):
-    """What one super-block became."""
+    """What one super-block became; arrays outside, pointers inside."""
 
     index: Any  # int64 [64]: points
     signs: Any  # int64 [32]: signs of each 8 weights
@@ -84,119 +84,104 @@ def _plan(name: str) -> tuple[Tables, Rules]:
         "iq3_xxs": lambda: _rules(_XXS3, 98, 32, True, tries(15, 0.2, 15), OFF_GRID),
         "iq3_s": lambda: _rules(_S3, 110, 32, False, tries(15, 0.2, 9), ANY_OFF_GRID),
     }
-    return tables(codebook(name)), rules[name]()
+    return tables(codebook(name), True), rules[name]()
 
 
 def encode_iq2_xxs(x: NDArray[np.float32], importance: NDArray[np.float32], out: NDArray[np.uint8]) -> None:
     """Encodes rows; ggml.py has the contract. Importance must be there."""
-    _encode(x, importance, out, *_plan("iq2_xxs"))
+    _run("iq2_xxs", x, importance, out)
 
 
 def encode_iq2_xs(x: NDArray[np.float32], importance: NDArray[np.float32], out: NDArray[np.uint8]) -> None:
     """Encodes rows; ggml.py has the contract. Importance must be there."""
-    _encode(x, importance, out, *_plan("iq2_xs"))
+    _run("iq2_xs", x, importance, out)
 
 
 def encode_iq2_s(x: NDArray[np.float32], importance: NDArray[np.float32], out: NDArray[np.uint8]) -> None:
     """Encodes rows; ggml.py has the contract."""
-    _encode(x, importance, out, *_plan("iq2_s"))
+    _run("iq2_s", x, importance, out)
 
 
 def encode_iq3_xxs(x: NDArray[np.float32], importance: NDArray[np.float32], out: NDArray[np.uint8]) -> None:
     """Encodes rows; ggml.py has the contract."""
-    _encode(x, importance, out, *_plan("iq3_xxs"))
+    _run("iq3_xxs", x, importance, out)
 
 
 def encode_iq3_s(x: NDArray[np.float32], importance: NDArray[np.float32], out: NDArray[np.uint8]) -> None:
     """Encodes rows; ggml.py has the contract."""
-    _encode(x, importance, out, *_plan("iq3_s"))
+    _run("iq3_s", x, importance, out)
+
+
+def _run(name: str, x: NDArray[np.float32], importance: NDArray[np.float32], out: NDArray[np.uint8]) -> None:
+    """Encodes rows as a type, with room of its own."""
+    done = _Super(np.zeros(64, np.int64), np.zeros(32, np.int64), np.zeros(16, np.float32), np.zeros(16, np.int64))
+    _encode(x, importance, out, *_plan(name), done, room())
 
 
 @compiled
-def _encode(x: Any, importance: Any, out: Any, table: Any, rules: Any) -> None:
+def _encode(x: Any, importance: Any, out: Any, table: Any, rules: Any, done: Any, room: Any) -> None:
     """Encodes rows of super-blocks."""
-    room = scratch()
-    done = _Super(np.empty(64, np.int64), np.empty(32, np.int64), np.empty(16, np.float32), np.empty(16, np.int64))
-    weight, root, size = np.empty(32, np.float32), np.empty(32, np.float32), np.empty(32, np.float32)
-    for r in range(x.shape[0]):
-        for start in range(0, x.shape[1], SUPER):
-            most = _blocks(x[r], start, importance, table, rules, weight, root, size, done, room)
-            at = start // SUPER * rules.nbytes
-            _write(most, rules, done, out[r, at : at + rules.nbytes])
-
-
-@compiled
-def _blocks(
-    x: Any, start: int, importance: Any, table: Any, rules: Any, weight: Any, root: Any, size: Any, done: Any, room: Any
-) -> Any:  # fmt: skip
-    """Fills `done` with points, signs and scales of one super-block; returns its largest scale, float32."""
-    n = rules.block
-    square = mean_square(x, start, rules.factor)
-    done.index[:] = 0
-    done.signs[:] = 0
-    most_scale = _ZERO
-    for b in range(SUPER // n):
-        at = start + n * b
-        _costs(x, at, n, importance, square, rules.plain_square, weight, root)
-        signs = done.signs[n // 8 * b : n // 8 * (b + 1)]
-        take_signs(x, at, n, rules.even, weight, size, signs)
-        most = size[0]
-        for i in range(1, n):
-            most = max(most, size[i])
-        done.scales[b] = 0
-        scale = most / rules.largest
-        if most >= rules.eps and rules.layout == _XXS2:
-            scale = positive_scale(size, n, 4, weight)
-            most = scale * np.float32(3)
-        elif most < rules.eps:
+    tables, r, numerators = raw_tables(table), raw_room(room), raw(rules.numerators)
+    d = _Super(raw(done.index), raw(done.signs), raw(done.scales), raw(done.codes))
+    for row in range(x.shape[0]):
+        for s in range(x.shape[1] // SUPER):
+            start, at = SUPER * s, rules.nbytes * s
+            block = raw(x) + row * x.shape[1] + start
+            square = mean_square(block, rules.factor)
             most = _ZERO
-        if most <= 0:
-            signs[:] = 0
-            continue
-        scale = search(
-            table, weight, root, size, n, rules.numerators, rules.tried, most, scale, rules.again, room
-        )  # fmt: skip
-        if scale < 0:
-            scale = -scale
-            for g in range(n // 8):
-                signs[g] ^= 255
-        for g in range(n // table.dim):
-            done.index[n // table.dim * b + g] = room.chosen[g]
-        done.scales[b] = scale
-        most_scale = max(most_scale, scale)
-    return most_scale
+            for b in range(SUPER // rules.block):
+                i = rules.block * b
+                if importance.size:
+                    costs(block + i, rules.block, raw(importance) + start + i, square, r.weight)
+                else:
+                    plain_costs(block + i, rules.block, rules.plain_square * square, r.weight)
+                most = max(most, _block(block + i, b, tables, rules, numerators, d, r))
+            _write(most, rules, d, raw(out) + row * out.shape[1] + at)
 
 
 @compiled
-def _costs(x: Any, at: int, n: int, importance: Any, square: Any, plain: Any, weight: Any, root: Any) -> None:
-    """Writes what errors of a block's weights cost, and the square roots."""
-    if importance.size:
-        for i in range(n):
-            weight[i] = importance[at + i] * np.sqrt(square + x[at + i] * x[at + i])
-    elif plain > 0:
-        for i in range(n):
-            weight[i] = plain * square + x[at + i] * x[at + i]
-    else:
-        for i in range(n):
-            weight[i] = x[at + i] * x[at + i]
-    for i in range(n):
-        root[i] = np.sqrt(weight[i])
+def _block(x: Any, b: int, table: Any, rules: Any, numerators: Any, done: Any, r: Any) -> Any:
+    """Finds points, signs and scale of the b-th block, whose costs stand in `r`; returns the scale, float32."""
+    n = rules.block
+    signs, index = done.signs + n // 8 * b, done.index + n // table.dim * b
+    most = take_signs(x, n, rules.even, r, signs)
+    scale = most / rules.largest
+    if most >= rules.eps and rules.layout == _XXS2:
+        scale = positive_scale(r, n, 4)
+        most = scale * np.float32(3)
+    elif most < rules.eps:
+        most = _ZERO
+    if most <= 0:
+        for g in range(n // 8):
+            signs[g] = 0
+        for g in range(n // table.dim):
+            index[g] = 0
+        done.scales[b] = _ZERO
+        return _ZERO
+    scale = search(table, r, n, numerators, rules.tried, most, scale, rules.again)
+    if scale < 0:
+        scale = -scale
+        for g in range(n // 8):
+            signs[g] ^= 255
+    for g in range(n // table.dim):
+        index[g] = r.chosen[g]
+    done.scales[b] = scale
+    return scale
 
 
 @compiled
 def _write(most: Any, rules: Any, done: Any, block: Any) -> None:
     """Writes the bytes of a super-block whose largest scale is `most`."""
-    done.codes[:] = 0
     half = np.uint16(0)
+    unit = most / _UNITS
+    for b in range(SUPER // rules.block):
+        done.codes[b] = np.int64(level(_ONE / unit * done.scales[b], _TOP_CODE)) if most > 0 else 0
     if most > 0:
-        unit = most / _UNITS
-        inverse = _ONE / unit
-        for b in range(SUPER // rules.block):
-            done.codes[b] = np.int64(level(inverse * done.scales[b], _TOP_CODE))
         half = to_half(unit * rules.fudge)
     elif rules.even:
-        done.index[:] = 0
-        done.signs[:] = 0
+        for g in range(64):
+            done.index[g] = 0
+            done.signs[g // 2] = 0
     block[0], block[1] = half & 255, half >> 8
     if rules.layout == _XXS2:
         _write_xxs2(done.index, done.signs, done.codes, block)

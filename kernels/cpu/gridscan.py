@@ -6,10 +6,11 @@ order. The odd number of a level is 2 * level + 1; searches measure in these, wh
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from quantize.kernels.cpu.grids import Codebook
 from quantize.kernels.cpu.lanes import (
     WIDTH,
     choose,
@@ -18,15 +19,13 @@ from quantize.kernels.cpu.lanes import (
     less,
     load,
     lowest,
-    peek,
-    poke,
     splat,
-    spread,
     store,
     store_whole,
 )
 from quantize.kernels.cpu.lanes import level as levels_of
 from quantize.kernels.cpu.numeric import MAGIC, compiled
+from quantize.kernels.cpu.raw import raw
 
 LANES = 32  # room for the tried scales of a block
 
@@ -34,8 +33,64 @@ _ZERO, _HALF, _ONE, _EIGHT = (np.float32(v) for v in (0, 0.5, 1, 8))
 _TOP3, _TOP8 = np.float32(2), np.float32(7)
 _PLACES3 = tuple(np.float32(3**i) for i in range(8))
 _PLACES8 = tuple(np.float32(8**i) for i in range(4))
-_HUGE = np.float32(3.4028234663852886e38)
-_FAR = np.float32(1e9)
+_HUGE, _FAR = np.float32(3.4028234663852886e38), np.float32(1e9)
+
+
+class Tables(NamedTuple):
+    """A codebook (grids.py) as the loops want it: numbers instead of levels; arrays outside, pointers inside."""
+
+    dim: int  # weights per point
+    where: Any  # int32 [keys]
+    first: Any  # int32 [lists + 1]
+    levels: Any  # int8 [tiles * dim * 8]
+    names: Any  # uint16 [tiles * 8]
+    points: Any  # float32 [points * dim]
+
+
+class Room(NamedTuple):
+    """What a search works on; arrays outside, pointers inside."""
+
+    inverse: Any  # float32 [LANES]: inverse scales to try
+    scale: Any  # float32 [LANES]: 1 / inverse
+    key: Any  # int32 [LANES]
+    picked: Any  # int32 [8 * LANES]: each group's point; -1 - point if the rounded weights are off the codebook
+    q: Any  # float32 [32 * LANES]: numbers of the picked points
+    sx: Any  # float32 [LANES]
+    s2: Any  # float32 [LANES]
+    weight: Any  # float32 [32]: costs of errors
+    root: Any  # float32 [32]: their square roots
+    size: Any  # float32 [32]: weights without signs
+    chosen: Any  # int64 [8]: points that won
+
+
+def tables(book: Codebook, odd: bool) -> Tables:
+    """Returns a codebook with odd numbers, or with -1, 0 and 1."""
+    levels, points = book.levels, book.points.ravel().astype(np.float32)
+    levels, points = (2 * levels + np.int8(1), 2 * points + 1) if odd else (levels - np.int8(1), points - 1)
+    return Tables(book.points.shape[1], book.where, book.first, levels.astype(np.int8), book.names, points)
+
+
+def room() -> Room:
+    """Returns room for a search."""
+    lanes, block = np.ones((4, LANES), np.float32), np.ones((3, 32), np.float32)
+    key, picked = np.zeros(LANES, np.int32), np.zeros(8 * LANES, np.int32)
+    q = np.ones(32 * LANES, np.float32)
+    return Room(lanes[0], lanes[1], key, picked, q, lanes[2], lanes[3], *block, np.zeros(8, np.int64))
+
+
+@compiled
+def raw_tables(table: Any) -> Any:
+    """Returns tables of pointers for tables of arrays."""
+    first, levels, names, points = raw(table.first), raw(table.levels), raw(table.names), raw(table.points)
+    return Tables(table.dim, raw(table.where), first, levels, names, points)
+
+
+@compiled
+def raw_room(r: Any) -> Any:
+    """Returns a room of pointers for a room of arrays."""
+    inverse, scale, key, picked, q = raw(r.inverse), raw(r.scale), raw(r.key), raw(r.picked), raw(r.q)
+    weight, root, size, chosen = raw(r.weight), raw(r.root), raw(r.size), raw(r.chosen)
+    return Room(inverse, scale, key, picked, q, raw(r.sx), raw(r.s2), weight, root, size, chosen)
 
 
 @compiled
@@ -56,10 +111,10 @@ def level(ratio: Any, top: Any) -> Any:
 
 
 @compiled
-def _position(best: Any, tile: Any) -> int:
+def position(best: Any, tile: Any) -> int:
     """Returns the position of the smallest error, the first of equals: each lane's smallest, and its tile."""
-    position = splat(_EIGHT) * tile + count_up()
-    return np.int64(lowest(choose(equal(best, splat(lowest(best))), position, splat(_FAR))))
+    at = splat(_EIGHT) * tile + count_up()
+    return np.int64(lowest(choose(equal(best, splat(lowest(best))), at, splat(_FAR))))
 
 
 @compiled
@@ -70,24 +125,21 @@ def _term(scale: Any, q: Any, x: Any, cost: Any) -> Any:
 
 
 @compiled
-def nearest8(levels: Any, first: int, last: int, x: Any, cost: Any, at: int, scale: Any, shift: Any) -> int:
-    """Returns the position of the candidate that fits 8 weights best at a scale.
+def nearest8(table: Any, missing: int, x: Any, cost: Any, scale: Any, shift: Any) -> int:
+    """Returns the point that fits 8 weights best at a scale.
 
     Args:
-        levels: int8, the candidates' numbers: a tile has those of the first weight for 8 candidates, then the next's.
-        first: First tile of the list.
-        last: End of its tiles.
-        x: float32, what to fit.
-        cost: float32, what an error of each costs.
-        at: Where the 8 weights start in both.
+        table: The codebook.
+        missing: -1 - the number of the list of candidates.
+        x: float32 [8], what to fit.
+        cost: float32 [8], what an error of each costs.
         scale: float32.
         shift: float32, added to all numbers.
     """
-    s, up = splat(scale), splat(shift)
-    x0, x1, x2, x3 = spread(x, at), spread(x, at + 1), spread(x, at + 2), spread(x, at + 3)
-    x4, x5, x6, x7 = spread(x, at + 4), spread(x, at + 5), spread(x, at + 6), spread(x, at + 7)
-    w0, w1, w2, w3 = spread(cost, at), spread(cost, at + 1), spread(cost, at + 2), spread(cost, at + 3)
-    w4, w5, w6, w7 = spread(cost, at + 4), spread(cost, at + 5), spread(cost, at + 6), spread(cost, at + 7)
+    first, last = np.int64(table.first[-1 - missing]), np.int64(table.first[-missing])
+    levels, s, up = table.levels, splat(scale), splat(shift)
+    x0, x1, x2, x3, x4, x5, x6, x7 = _spread8(x)
+    w0, w1, w2, w3, w4, w5, w6, w7 = _spread8(cost)
     best, where = splat(_HUGE), splat(np.float32(first))
     for tile in range(first, last):
         base = 64 * tile
@@ -101,51 +153,36 @@ def nearest8(levels: Any, first: int, last: int, x: Any, cost: Any, at: int, sca
         error = error + _term(s, load(levels, base + 56) + up, x7, w7)
         better = less(error, best)
         best, where = choose(better, error, best), choose(better, splat(np.float32(tile)), where)
-    return _position(best, where)
+    return np.int64(table.names[position(best, where)])
 
 
 @compiled
-def points8(
-    where: Any, first: Any, levels: Any, names: Any, points: Any, x: Any, cost: Any, at: int,
-    inverse: Any, scale: Any, tried: int, key: Any, picked: Any, q: Any,
-) -> None:  # fmt: skip
-    """Picks a point for 8 weights at each tried scale.
+def _spread8(x: Any) -> Any:
+    """Returns 8 numbers, each in all lanes."""
+    low = splat(x[0]), splat(x[1]), splat(x[2]), splat(x[3])
+    return *low, splat(x[4]), splat(x[5]), splat(x[6]), splat(x[7])
 
-    Args:
-        where: The codebook's, and so the next four; levels and points as odd numbers.
-        first: See above.
-        levels: See above.
-        names: See above.
-        points: See above, [points * 8].
-        x: float32, weights without signs.
-        cost: float32, square roots of the costs of errors.
-        at: Where the weights start in both.
-        inverse: float32 [LANES], inverse scales.
-        scale: float32 [LANES].
-        tried: How many.
-        key: int32 [LANES], scratch.
-        picked: int32, [at / 8 * LANES] on is overwritten with the points; -1 - point if the rounded weights are off
-            the codebook.
-        q: float32, [at * LANES] on is overwritten with the points' numbers, [8, LANES].
-    """
-    x0, x1, x2, x3 = spread(x, at), spread(x, at + 1), spread(x, at + 2), spread(x, at + 3)
-    x4, x5, x6, x7 = spread(x, at + 4), spread(x, at + 5), spread(x, at + 6), spread(x, at + 7)
-    w0, w1, w2, w3 = spread(cost, at), spread(cost, at + 1), spread(cost, at + 2), spread(cost, at + 3)
-    w4, w5, w6, w7 = spread(cost, at + 4), spread(cost, at + 5), spread(cost, at + 6), spread(cost, at + 7)
+
+@compiled
+def points8(table: Any, r: Any, g: int, tried: int) -> None:
+    """Picks a point for the g-th 8 weights at each tried scale, and writes `picked` and `q`."""
+    levels, names, points = table.levels, table.names, table.points
+    size, picked, q = r.size + 8 * g, r.picked + LANES * g, r.q + 8 * LANES * g
     top = splat(_TOP3)
     for k in range(0, tried, WIDTH):
-        s, total = load(inverse, k), splat(_ZERO)
+        s, total = load(r.inverse, k), splat(_ZERO)
         for i in range(8):
-            total = total + splat(_PLACES3[i]) * levels_of(s * spread(x, at + i), top)
-        store_whole(key, k, total)
-    to = at // 8 * LANES
+            total = total + splat(_PLACES3[i]) * levels_of(s * splat(size[i]), top)
+        store_whole(r.key, k, total)
+    x0, x1, x2, x3, x4, x5, x6, x7 = _spread8(size)
+    w0, w1, w2, w3, w4, w5, w6, w7 = _spread8(r.root + 8 * g)
     for k in range(tried):
-        point = np.int64(peek(where, peek(key, k)))
-        poke(picked, to + k, point)
+        point = np.int64(table.where[r.key[k]])
+        picked[k] = point
         if point < 0:
-            begin, end = np.int64(peek(first, -1 - point)), np.int64(peek(first, -point))
-            s, best, tiles = spread(scale, k), splat(_HUGE), splat(np.float32(begin))
-            for tile in range(begin, end):
+            first, last = np.int64(table.first[-1 - point]), np.int64(table.first[-point])
+            s, best, where = splat(r.scale[k]), splat(_HUGE), splat(np.float32(first))
+            for tile in range(first, last):
                 base = 64 * tile
                 error = _term(s, load(levels, base), x0, w0)
                 error = error + _term(s, load(levels, base + 8), x1, w1)
@@ -156,56 +193,55 @@ def points8(
                 error = error + _term(s, load(levels, base + 48), x6, w6)
                 error = error + _term(s, load(levels, base + 56), x7, w7)
                 better = less(error, best)
-                best, tiles = choose(better, error, best), choose(better, splat(np.float32(tile)), tiles)
-            point = np.int64(peek(names, _position(best, tiles)))
-            poke(picked, to + k, -1 - point)
+                best, where = choose(better, error, best), choose(better, splat(np.float32(tile)), where)
+            point = np.int64(names[position(best, where)])
+            picked[k] = -1 - point
         for i in range(8):
-            poke(q, (at + i) * LANES + k, peek(points, point * 8 + i))
+            q[LANES * i + k] = points[8 * point + i]
 
 
 @compiled
-def points4(
-    where: Any, first: Any, levels: Any, names: Any, points: Any, x: Any, cost: Any, at: int,
-    inverse: Any, scale: Any, tried: int, key: Any, picked: Any, q: Any,
-) -> None:  # fmt: skip
-    """Picks a point for 4 weights at each tried scale; see `points8`."""
-    x0, x1, x2, x3 = spread(x, at), spread(x, at + 1), spread(x, at + 2), spread(x, at + 3)
-    w0, w1, w2, w3 = spread(cost, at), spread(cost, at + 1), spread(cost, at + 2), spread(cost, at + 3)
+def points4(table: Any, r: Any, g: int, tried: int) -> None:
+    """Picks a point for the g-th 4 weights at each tried scale, and writes `picked` and `q`."""
+    levels, names, points = table.levels, table.names, table.points
+    size, cost = r.size + 4 * g, r.root + 4 * g
+    picked, q = r.picked + LANES * g, r.q + 4 * LANES * g
     top = splat(_TOP8)
     for k in range(0, tried, WIDTH):
-        s, total = load(inverse, k), splat(_ZERO)
+        s, total = load(r.inverse, k), splat(_ZERO)
         for i in range(4):
-            total = total + splat(_PLACES8[i]) * levels_of(s * spread(x, at + i), top)
-        store_whole(key, k, total)
-    to = at // 4 * LANES
+            total = total + splat(_PLACES8[i]) * levels_of(s * splat(size[i]), top)
+        store_whole(r.key, k, total)
+    x0, x1, x2, x3 = splat(size[0]), splat(size[1]), splat(size[2]), splat(size[3])
+    w0, w1, w2, w3 = splat(cost[0]), splat(cost[1]), splat(cost[2]), splat(cost[3])
     for k in range(tried):
-        point = np.int64(peek(where, peek(key, k)))
-        poke(picked, to + k, point)
+        point = np.int64(table.where[r.key[k]])
+        picked[k] = point
         if point < 0:
-            begin, end = np.int64(peek(first, -1 - point)), np.int64(peek(first, -point))
-            s, best, tiles = spread(scale, k), splat(_HUGE), splat(np.float32(begin))
-            for tile in range(begin, end):
+            first, last = np.int64(table.first[-1 - point]), np.int64(table.first[-point])
+            s, best, where = splat(r.scale[k]), splat(_HUGE), splat(np.float32(first))
+            for tile in range(first, last):
                 base = 32 * tile
                 error = _term(s, load(levels, base), x0, w0)
                 error = error + _term(s, load(levels, base + 8), x1, w1)
                 error = error + _term(s, load(levels, base + 16), x2, w2)
                 error = error + _term(s, load(levels, base + 24), x3, w3)
                 better = less(error, best)
-                best, tiles = choose(better, error, best), choose(better, splat(np.float32(tile)), tiles)
-            point = np.int64(peek(names, _position(best, tiles)))
-            poke(picked, to + k, -1 - point)
+                best, where = choose(better, error, best), choose(better, splat(np.float32(tile)), where)
+            point = np.int64(names[position(best, where)])
+            picked[k] = -1 - point
         for i in range(4):
-            poke(q, (at + i) * LANES + k, peek(points, point * 4 + i))
+            q[LANES * i + k] = points[4 * point + i]
 
 
 @compiled
-def sums(weight: Any, size: Any, n: int, q: Any, tried: int, sx: Any, s2: Any) -> None:
-    """Writes sum(weight * size * q) and sum(weight * q * q) over n weights for each tried scale; q is [n * LANES]."""
+def sums(r: Any, n: int, tried: int) -> None:
+    """Writes sum(weight * size * q) and sum(weight * q * q) over n weights for each tried scale."""
     for k in range(0, tried, WIDTH):
         x, w = splat(_ZERO), splat(_ZERO)
         for i in range(n):
-            cost, value = spread(weight, i), load(q, i * LANES + k)
-            x = x + cost * spread(size, i) * value
-            w = w + cost * value * value
-        store(sx, k, x)
-        store(s2, k, w)
+            cost, q = splat(r.weight[i]), load(r.q, LANES * i + k)
+            x = x + cost * splat(r.size[i]) * q
+            w = w + cost * q * q
+        store(r.sx, k, x)
+        store(r.s2, k, w)

@@ -16,17 +16,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from quantize.kernels.cpu.numeric import compiled, inlined
+from quantize.kernels.cpu.lanes import WIDTH, choose, count_up, highest, less, load, maximum, splat, store
+from quantize.kernels.cpu.numeric import compiled
+from quantize.kernels.cpu.raw import raw
 
-_PART = 8
 _WIDTH = 40  # splits of 32 weights, 33, filled up
 
-_ZERO, _LOST = np.float32(0), np.float32(-1)
+_ZERO, _ONE, _LOST = np.float32(0), np.float32(1), np.float32(-1)
 _CLOSE, _SMALL, _LARGE = np.float32(0.9999), np.float32(1e-30), np.float32(1e30)
-_WORST = np.float32(-3.4028234663852886e38)
+_WORST, _ANY = np.float32(-3.4028234663852886e38), np.float32(-np.inf)
 
-_LOW_UP, _MIDDLE_UP, _HIGH_UP = np.float32(-0.875), np.float32(0.125), np.float32(1.125)
-_LOW_DOWN, _MIDDLE_DOWN, _HIGH_DOWN = np.float32(-1.125), np.float32(-0.125), np.float32(0.875)
+# The values of the low, middle and high part, shifted up and down.
+_UP, _DOWN = tuple(np.float32(v - 0.875) for v in range(3)), tuple(np.float32(v - 1.125) for v in range(3))
 
 # How the squares of neighbouring values differ: low - middle and middle - high.
 _UP1, _UP2, _DOWN1, _DOWN2 = np.float32(0.75), np.float32(-1.25), np.float32(1.25), np.float32(-0.75)
@@ -49,65 +50,74 @@ class Split(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Running sums over a sorted block, [weights + 1] filled up to 40; for IQ1_M one row for each half.
+    """Running sums over a sorted block, [weights + 1] filled up to 40; arrays outside, pointers inside.
 
-    Rows of the halves count only the weights of that half. IQ1_S has the first row only.
+    IQ1_M has sums for each half of the block, where the other half's weights count nothing; IQ1_S has the first only.
     """
 
-    x: Any  # float32 [2, 40]: cost * x
-    w: Any  # float32 [2, 40]: cost
+    x: Any  # float32 [40]: cost * x
+    w: Any  # float32 [40]: cost
+    second_x: Any  # float32 [40]
+    second_w: Any  # float32 [40]
     scores: Any  # float32 [33 * 4 * 40], scratch: of each split and shift
-    tops: Any  # float32 [33], scratch: the best score of each first place
-    lanes: Any  # float32 [8], scratch
+    tops: Any  # float32 [40], scratch: the best score of each first place
+    rank: Any  # float32 [32], scratch
 
 
-@compiled
 def room() -> Sums:
     """Returns room for the sums of a block."""
-    return Sums(
-        np.zeros((2, _WIDTH), np.float32),
-        np.zeros((2, _WIDTH), np.float32),
-        np.empty(33 * 4 * _WIDTH, np.float32),
-        np.empty(33, np.float32),
-        np.empty(_PART, np.float32),
-    )
+    rows = np.zeros((4, _WIDTH), np.float32)
+    return Sums(*rows, np.zeros(33 * 4 * _WIDTH, np.float32), np.zeros(_WIDTH, np.float32), np.zeros(32, np.float32))
 
 
 @compiled
-def sort(x: Any, start: int, n: int, rank: Any, order: Any) -> None:
+def raw_sums(s: Any) -> Any:
+    """Returns pointers for arrays."""
+    return Sums(raw(s.x), raw(s.w), raw(s.second_x), raw(s.second_w), raw(s.scores), raw(s.tops), raw(s.rank))
+
+
+@compiled
+def sort(x: Any, n: int, sums: Any, order: Any) -> None:
     """Writes which of n weights comes when, the smallest first and equal ones in their order.
 
-    `rank` is int32 [32], scratch. Counting smaller ones takes more comparisons than sorting, but eight at a time.
+    Counting smaller ones takes more comparisons than sorting, but eight at a time.
     """
-    rank[:] = 0
-    for j in range(n):
-        value = x[start + j]
-        for i in range(n):
-            other = x[start + i]
-            rank[i] += np.int32(value < other) + np.int32((value == other) & (j < i))
+    one, zero = splat(_ONE), splat(_ZERO)
+    for i in range(0, n, WIDTH):
+        value, place, rank = load(x, i), count_up() + splat(np.float32(i)), zero
+        for j in range(n):
+            other = splat(x[j])
+            # Equal ones before this one count as smaller: those are not greater.
+            smaller = choose(less(other, value), one, zero)
+            not_greater = choose(less(value, other), zero, one)
+            rank = rank + choose(less(splat(np.float32(j)), place), not_greater, smaller)
+        store(sums.rank, i, rank)
     for i in range(n):
-        order[rank[i]] = i
+        order[np.int64(sums.rank[i])] = i
 
 
 @compiled
-def add_up(x: Any, start: int, n: int, weight: Any, order: Any, halves: bool, sums: Any) -> None:
+def add_up(x: Any, n: int, weight: Any, order: Any, halves: bool, sums: Any) -> None:
     """Fills the running sums."""
-    for half in range(2 if halves else 1):
-        sx, sw = _ZERO, _ZERO
-        for j in range(n):
-            i = order[j]
-            if not halves or (i >= n // 2) == (half == 1):
-                sx += weight[i] * x[start + i]
-                sw += weight[i]
-            sums.x[half, j + 1], sums.w[half, j + 1] = sx, sw
+    half = n // 2 if halves else n
+    sx, sw, second_x, second_w = _ZERO, _ZERO, _ZERO, _ZERO
+    for j in range(n):
+        i = order[j]
+        cost = weight[i]
+        # Chosen, not branched: which half comes next is a coin toss.
+        first = i < half
+        sx, second_x = sx + cost * x[i] if first else sx, second_x if first else second_x + cost * x[i]
+        sw, second_w = sw + cost if first else sw, second_w if first else second_w + cost
+        sums.x[j + 1], sums.w[j + 1] = sx, sw
+        sums.second_x[j + 1], sums.second_w[j + 1] = second_x, second_w
 
 
-@inlined
+@compiled
 def _score(sx: Any, s2: Any) -> Any:
-    return sx * sx / s2 if s2 > _ZERO else _LOST
+    return choose(less(splat(_ZERO), s2), sx * sx / s2, splat(_LOST))
 
 
-@inlined
+@compiled
 def _one_shift(x1: Any, x2: Any, x3: Any, w1: Any, w2: Any, w3: Any, low: Any, middle: Any, high: Any) -> Any:
     """Returns sx and s2 of a split: cost * x and cost of its three parts, and their values."""
     sx = x1 * low + x2 * middle + x3 * high
@@ -115,125 +125,120 @@ def _one_shift(x1: Any, x2: Any, x3: Any, w1: Any, w2: Any, w3: Any, low: Any, m
     return sx, s2
 
 
-@inlined
-def _half_shifts(tx: Any, tw: Any, x1: Any, x2: Any, w1: Any, w2: Any) -> Any:
-    """Returns sx up, sx down, s2 up, s2 down of one half, from its totals and running sums at the two places."""
-    both = x1 + x2
-    up = tw * _HIGH_UP * _HIGH_UP + w1 * _UP1 + w2 * _UP2
-    down = tw * _HIGH_DOWN * _HIGH_DOWN + w1 * _DOWN1 + w2 * _DOWN2
-    return tx * _HIGH_UP - both, tx * _HIGH_DOWN - both, up, down
-
-
-@compiled
-def _highest(values: Any, n: int) -> Any:
-    """Returns the largest of the first n numbers, float32."""
-    best = values[0]
-    for i in range(1, n):
-        best = max(best, values[i])
-    return best
-
-
 @compiled
 def _judge_one(n: int, sums: Any) -> Any:
     """Writes the scores of all splits with either shift, [n + 1, 2, 40]; returns the largest, float32."""
-    x, w, scores, lanes = sums.x, sums.w, sums.scores, sums.lanes
-    tx, tw = x[0, n], w[0, n]
+    end, best = splat(np.float32(n + 1)), splat(_LOST)
+    tx, tw = splat(sums.x[n]), splat(sums.w[n])
     for i in range(n + 1):
-        xi, wi = x[0, i], w[0, i]
-        at = 2 * _WIDTH * i
-        lanes[:] = _LOST
-        for part in range(i // _PART * _PART, n + 1, _PART):
-            for j in range(part, part + _PART):
-                x2, x3, w2, w3 = x[0, j] - xi, tx - x[0, j], w[0, j] - wi, tw - w[0, j]
-                sx, s2 = _one_shift(xi, x2, x3, wi, w2, w3, _LOW_UP, _MIDDLE_UP, _HIGH_UP)
-                up = _score(sx, s2)
-                sx, s2 = _one_shift(xi, x2, x3, wi, w2, w3, _LOW_DOWN, _MIDDLE_DOWN, _HIGH_DOWN)
-                down = _score(sx, s2)
-                scores[at + j], scores[at + _WIDTH + j] = up, down
-                lanes[j - part] = max(lanes[j - part], max(up, down) if i <= j <= n else _LOST)
-        sums.tops[i] = _highest(lanes, _PART)
-    return _highest(sums.tops, n + 1)
+        xi, wi, row = splat(sums.x[i]), splat(sums.w[i]), sums.scores + 2 * _WIDTH * i
+        before, top = splat(np.float32(i - 1)), splat(_LOST)
+        for j in range(i // WIDTH * WIDTH, n + 1, WIDTH):
+            xj, wj, place = load(sums.x, j), load(sums.w, j), count_up() + splat(np.float32(j))
+            x2, x3, w2, w3 = xj - xi, tx - xj, wj - wi, tw - wj
+            sx, s2 = _one_shift(xi, x2, x3, wi, w2, w3, splat(_UP[0]), splat(_UP[1]), splat(_UP[2]))
+            up = _score(sx, s2)
+            sx, s2 = _one_shift(xi, x2, x3, wi, w2, w3, splat(_DOWN[0]), splat(_DOWN[1]), splat(_DOWN[2]))
+            down = _score(sx, s2)
+            store(row, j, up)
+            store(row, _WIDTH + j, down)
+            valid = choose(less(before, place), maximum(up, down), splat(_LOST))
+            top = maximum(choose(less(place, end), valid, splat(_LOST)), top)
+        sums.tops[i] = highest(top)
+        best = maximum(top, best)
+    return highest(best)
 
 
 @compiled
 def split_one(n: int, sums: Any) -> Any:
     """Returns the best split of a block with one shift."""
     best = _judge_one(n, sums)
-    size = best * sums.w[0, n]
-    limit = best * _CLOSE if _SMALL < size < _LARGE else -np.float32(np.inf)
-    tx, tw = sums.x[0, n], sums.w[0, n]
-    score, found = _WORST, Split(-1, -1, 0, _ZERO)
+    tx, tw = sums.x[n], sums.w[n]
+    limit = best * _CLOSE if _SMALL < best * tw < _LARGE else _ANY
+    score, first, second, shift, scale = _WORST, np.int64(-1), np.int64(-1), np.int64(0), _ZERO
     for i in range(n + 1):
         if sums.tops[i] < limit:
             continue
-        xi, wi = sums.x[0, i], sums.w[0, i]
+        xi, wi, row = sums.x[i], sums.w[i], sums.scores + 2 * _WIDTH * i
         for j in range(i, n + 1):
-            for shift in range(2):
-                if sums.scores[(2 * i + shift) * _WIDTH + j] < limit:
+            for s in range(2):
+                if row[_WIDTH * s + j] < limit:
                     continue
-                xj, wj = sums.x[0, j], sums.w[0, j]
-                if shift == 0:
-                    sx, s2 = _one_shift(xi, xj - xi, tx - xj, wi, wj - wi, tw - wj, _LOW_UP, _MIDDLE_UP, _HIGH_UP)
-                else:
-                    sx, s2 = _one_shift(
-                        xi, xj - xi, tx - xj, wi, wj - wi, tw - wj, _LOW_DOWN, _MIDDLE_DOWN, _HIGH_DOWN
-                    )  # fmt: skip
+                low, middle, high = _UP if s == 0 else _DOWN
+                xj, wj = sums.x[j], sums.w[j]
+                sx, s2 = _one_shift(xi, xj - xi, tx - xj, wi, wj - wi, tw - wj, low, middle, high)
                 if s2 > 0 and sx * sx > score * s2:
                     scale = sx / s2
                     score = scale * sx
-                    found = Split(i, j, shift, scale)
-    return found
+                    first, second, shift = i, j, s
+    return Split(first, second, shift, scale)
 
 
 @compiled
 def _judge_two(n: int, sums: Any) -> Any:
     """Writes the scores of all splits with four pairs of shifts, [n + 1, 4, 40]; returns the largest, float32."""
-    x, w, scores, lanes = sums.x, sums.w, sums.scores, sums.lanes
-    tx, tw, ux, uw = x[0, n], w[0, n], x[1, n], w[1, n]
+    end, best = splat(np.float32(n + 1)), splat(_LOST)
+    high_up, high_down = splat(_UP[2]), splat(_DOWN[2])
+    up1, up2, down1, down2 = splat(_UP1), splat(_UP2), splat(_DOWN1), splat(_DOWN2)
+    tx, tw, ux, uw = splat(sums.x[n]), splat(sums.w[n]), splat(sums.second_x[n]), splat(sums.second_w[n])
+    tx_up, tx_down, ux_up, ux_down = tx * high_up, tx * high_down, ux * high_up, ux * high_down
+    tw_up, tw_down = tw * high_up * high_up, tw * high_down * high_down
+    uw_up, uw_down = uw * high_up * high_up, uw * high_down * high_down
     for i in range(n + 1):
-        xi, wi, yi, vi = x[0, i], w[0, i], x[1, i], w[1, i]
-        at = 4 * _WIDTH * i
-        lanes[:] = _LOST
-        for part in range(i // _PART * _PART, n + 1, _PART):
-            for j in range(part, part + _PART):
-                up, down, up2, down2 = _half_shifts(tx, tw, xi, x[0, j], wi, w[0, j])
-                second_up, second_down, second_up2, second_down2 = _half_shifts(ux, uw, yi, x[1, j], vi, w[1, j])
-                both_up = _score(up + second_up, up2 + second_up2)
-                up_down = _score(up + second_down, up2 + second_down2)
-                down_up = _score(down + second_up, down2 + second_up2)
-                both_down = _score(down + second_down, down2 + second_down2)
-                scores[at + j], scores[at + _WIDTH + j] = both_up, up_down
-                scores[at + 2 * _WIDTH + j], scores[at + 3 * _WIDTH + j] = down_up, both_down
-                best = max(max(both_up, up_down), max(down_up, both_down))
-                lanes[j - part] = max(lanes[j - part], best if i <= j <= n else _LOST)
-        sums.tops[i] = _highest(lanes, _PART)
-    return _highest(sums.tops, n + 1)
+        xi, yi, row = splat(sums.x[i]), splat(sums.second_x[i]), sums.scores + 4 * _WIDTH * i
+        wi, vi = splat(sums.w[i]), splat(sums.second_w[i])
+        first_up, first_down, second_up, second_down = (
+            tw_up + wi * up1, tw_down + wi * down1, uw_up + vi * up1, uw_down + vi * down1,
+        )  # fmt: skip
+        before, top = splat(np.float32(i - 1)), splat(_LOST)
+        for j in range(i // WIDTH * WIDTH, n + 1, WIDTH):
+            place = count_up() + splat(np.float32(j))
+            x, y, w, v = xi + load(sums.x, j), yi + load(sums.second_x, j), load(sums.w, j), load(sums.second_w, j)
+            wu, wd, vu, vd = first_up + w * up2, first_down + w * down2, second_up + v * up2, second_down + v * down2
+            both_up = _score((tx_up - x) + (ux_up - y), wu + vu)
+            up_down = _score((tx_up - x) + (ux_down - y), wu + vd)
+            down_up = _score((tx_down - x) + (ux_up - y), wd + vu)
+            both_down = _score((tx_down - x) + (ux_down - y), wd + vd)
+            store(row, j, both_up)
+            store(row, _WIDTH + j, up_down)
+            store(row, 2 * _WIDTH + j, down_up)
+            store(row, 3 * _WIDTH + j, both_down)
+            valid = maximum(maximum(both_up, up_down), maximum(down_up, both_down))
+            valid = choose(less(before, place), valid, splat(_LOST))
+            top = maximum(choose(less(place, end), valid, splat(_LOST)), top)
+        sums.tops[i] = highest(top)
+        best = maximum(top, best)
+    return highest(best)
+
+
+@compiled
+def _half(x: Any, w: Any, n: int, i: int, j: int, down: bool) -> Any:
+    """Returns sx and s2 of one half of a block for a split."""
+    both = x[i] + x[j]
+    if down:
+        return x[n] * _DOWN[2] - both, w[n] * _DOWN[2] * _DOWN[2] + w[i] * _DOWN1 + w[j] * _DOWN2
+    return x[n] * _UP[2] - both, w[n] * _UP[2] * _UP[2] + w[i] * _UP1 + w[j] * _UP2
 
 
 @compiled
 def split_two(n: int, sums: Any) -> Any:
     """Returns the best split of a block whose halves have a shift each."""
-    x, w = sums.x, sums.w
     best = _judge_two(n, sums)
-    size = best * (w[0, n] + w[1, n])
-    limit = best * _CLOSE if _SMALL < size < _LARGE else -np.float32(np.inf)
-    score, found = _WORST, Split(-1, -1, 0, _ZERO)
+    limit = best * _CLOSE if _SMALL < best * (sums.w[n] + sums.second_w[n]) < _LARGE else _ANY
+    score, first, second, shift, scale = _WORST, np.int64(-1), np.int64(-1), np.int64(0), _ZERO
     for i in range(n + 1):
         if sums.tops[i] < limit:
             continue
+        row = sums.scores + 4 * _WIDTH * i
         for j in range(i, n + 1):
-            for shift in range(4):
-                if sums.scores[(4 * i + shift) * _WIDTH + j] < limit:
+            for s in range(4):
+                if row[_WIDTH * s + j] < limit:
                     continue
-                up, down, up2, down2 = _half_shifts(x[0, n], w[0, n], x[0, i], x[0, j], w[0, i], w[0, j])
-                sx, s2 = (up, up2) if shift < 2 else (down, down2)
-                up, down, up2, down2 = _half_shifts(x[1, n], w[1, n], x[1, i], x[1, j], w[1, i], w[1, j])
-                if shift % 2 == 0:
-                    sx, s2 = sx + up, s2 + up2
-                else:
-                    sx, s2 = sx + down, s2 + down2
+                sx, s2 = _half(sums.x, sums.w, n, i, j, s >= 2)
+                second_sx, second_s2 = _half(sums.second_x, sums.second_w, n, i, j, s % 2 == 1)
+                sx, s2 = sx + second_sx, s2 + second_s2
                 if s2 > 0 and sx * sx > score * s2:
                     scale = sx / s2
                     score = scale * sx
-                    found = Split(i, j, shift, scale)
-    return found
+                    first, second, shift = i, j, s
+    return Split(first, second, shift, scale)

@@ -5,14 +5,12 @@ reads; the short loops of the codebook searches fail that. A value of this type 
 it to one register or several, whatever the processor has. Each lane does what a float32 would do, to the bit:
 nothing is contracted or reordered.
 
-    value = load(array, at)     eight numbers from array[at] on; also of int8 arrays
-    value = splat(number)       the same number eight times
-    value = spread(array, at)   array[at] eight times
+    value = load(pointer, at)       eight numbers from pointer[at] (raw.py) on, float32 or int8
+    value = splat(number)           the same number eight times
     a + b, a - b, a * b, a / b, minimum(a, b), maximum(a, b), root(a), whole(a), level(ratio, top)
-    choose(less(a, b), this, other)
-    store(array, at, value), store_whole(array, at, value)
-    lowest(value)               the smallest lane
-    peek(array, at), poke(array, at, value)     one number
+    choose(less(a, b), this, other), bits(less(a, b))
+    store(pointer, at, value), store_whole(pointer, at, value)
+    lowest(value), highest(value)   the smallest and the largest lane
 
 Only compiled functions can call these.
 """
@@ -21,17 +19,17 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from llvmlite import ir
-from numba.core import types
+from numba.core import cgutils, types
 from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
 WIDTH = 8
 
 _FLOAT, _INT = ir.FloatType(), ir.IntType(32)
-_FLOATS, _INTS, _BOOLS = (ir.VectorType(kind, WIDTH) for kind in (_FLOAT, _INT, ir.IntType(1)))
+_FLOATS, _INTS, _BOOLS, _BYTES = (ir.VectorType(kind, WIDTH) for kind in (_FLOAT, _INT, ir.IntType(1), ir.IntType(8)))
 
 
 class _Vector(types.Type):  # type: ignore[misc]
@@ -51,14 +49,9 @@ def _constant(value: float) -> ir.Constant:
     return ir.Constant(_FLOATS, [value] * WIDTH)
 
 
-def _element(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
-    """Returns where an element lies in a C-contiguous array of one dimension."""
-    return builder.gep(context.make_array(kind)(context, builder, array).data, [index])
-
-
-def _pointer(context: Any, builder: Any, kind: Any, array: Any, index: Any, vector: Any) -> Any:
-    """Returns where a vector lies in an array."""
-    return builder.bitcast(_element(context, builder, kind, array, index), vector.as_pointer())
+def _vector_at(builder: Any, pointer: Any, index: Any, vector: Any) -> Any:
+    """Returns where a vector lies behind a pointer."""
+    return builder.bitcast(builder.gep(pointer, [index]), vector.as_pointer())
 
 
 def _whole(builder: Any, value: Any) -> Any:
@@ -81,7 +74,7 @@ def _most(builder: Any, a: Any, b: Any) -> Any:
 def _define_operator(function: Callable[..., Any], name: str) -> None:
     @infer_global(function)
     class _Typing(ConcreteTemplate):  # type: ignore[misc]
-        cases = [signature(_LANES, _LANES, _LANES)]
+        cases: ClassVar = [signature(_LANES, _LANES, _LANES)]
 
     @lower_builtin(function, _LANES, _LANES)  # type: ignore[untyped-decorator]
     def _lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -92,80 +85,49 @@ for _function, _name in {"add": "fadd", "sub": "fsub", "mul": "fmul", "truediv":
     _define_operator(getattr(operator, _function), _name)
 
 
+def _spread(builder: Any, number: Any) -> Any:
+    one = builder.insert_element(ir.Constant(_FLOATS, ir.Undefined), number, ir.Constant(_INT, 0))
+    return builder.shuffle_vector(one, one, ir.Constant(_INTS, [0] * WIDTH))
+
+
 @intrinsic  # type: ignore[untyped-decorator]
 def splat(typing: Any, number: Any) -> Any:
     """Returns a float32 in all lanes."""
+    return _LANES(types.float32), lambda context, builder, sig, args: _spread(builder, args[0])
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def load(typing: Any, pointer: Any, at: Any) -> Any:
+    """Returns eight numbers from pointer[at] on, float32 or int8."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        one = builder.insert_element(ir.Constant(_FLOATS, ir.Undefined), args[0], ir.Constant(_INT, 0))
-        return builder.shuffle_vector(one, one, ir.Constant(_INTS, [0] * WIDTH))
-
-    return _LANES(types.float32), generate
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def spread(typing: Any, array: Any, at: Any) -> Any:
-    """Returns array[at], float32, in all lanes; `at` is not negative."""
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        one = builder.load(_element(context, builder, array, *args))
-        one = builder.insert_element(ir.Constant(_FLOATS, ir.Undefined), one, ir.Constant(_INT, 0))
-        return builder.shuffle_vector(one, one, ir.Constant(_INTS, [0] * WIDTH))
-
-    return _LANES(array, types.intp), generate
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def peek(typing: Any, array: Any, at: Any) -> Any:
-    """Returns array[at]. `at` is not negative: plain indexing spends three instructions on that."""
-    return array.dtype(array, types.intp), lambda context, builder, sig, args: builder.load(
-        _element(context, builder, array, *args)
-    )
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def poke(typing: Any, array: Any, at: Any, value: Any) -> Any:
-    """Does array[at] = value. `at` is not negative."""
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> None:
-        builder.store(args[2], _element(context, builder, array, args[0], args[1]))
-
-    return types.void(array, types.intp, array.dtype), generate
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def load(typing: Any, array: Any, at: Any) -> Any:
-    """Returns eight numbers of a C-contiguous float32 or int8 array of one dimension."""
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        if array.dtype == types.float32:
-            return builder.load(_pointer(context, builder, array, *args, _FLOATS), align=4)
-        small = ir.VectorType(ir.IntType(8), WIDTH)
-        values = builder.load(_pointer(context, builder, array, *args, small), align=1)
+        if pointer.dtype == types.float32:
+            return builder.load(_vector_at(builder, *args, _FLOATS), align=4)
+        values = builder.load(_vector_at(builder, *args, _BYTES), align=1)
         return builder.sitofp(builder.sext(values, _INTS), _FLOATS)
 
-    return _LANES(array, types.intp), generate
+    return _LANES(pointer, types.intp), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def store(typing: Any, array: Any, at: Any, value: Any) -> Any:
-    """Writes eight float32 numbers."""
+def store(typing: Any, pointer: Any, at: Any, value: Any) -> Any:
+    """Writes eight float32 numbers from pointer[at] on."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> None:
-        builder.store(args[2], _pointer(context, builder, array, args[0], args[1], _FLOATS), align=4)
+        builder.store(args[2], _vector_at(builder, args[0], args[1], _FLOATS), align=4)
 
-    return types.void(array, types.intp, _LANES), generate
+    return types.void(pointer, types.intp, _LANES), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def store_whole(typing: Any, array: Any, at: Any, value: Any) -> Any:
-    """Writes eight whole numbers to an int32 array."""
+def store_whole(typing: Any, pointer: Any, at: Any, value: Any) -> Any:
+    """Writes eight whole numbers as int32 from pointer[at] on."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> None:
-        pointer = _pointer(context, builder, array, args[0], args[1], _INTS)
-        builder.store(builder.fptosi(args[2], _INTS), pointer, align=4)
+        numbers = builder.fptosi(args[2], _INTS)
+        builder.store(numbers, _vector_at(builder, args[0], args[1], _INTS), align=4)
 
-    return types.void(array, types.intp, _LANES), generate
+    return types.void(pointer, types.intp, _LANES), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -213,7 +175,8 @@ def root(typing: Any, value: Any) -> Any:
     """Returns square roots."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.call(builder.module.declare_intrinsic("llvm.sqrt", [_FLOATS]), args)
+        name, kind = f"llvm.sqrt.v{WIDTH}f32", ir.FunctionType(_FLOATS, [_FLOATS])
+        return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args)
 
     return _LANES(_LANES), generate
 
@@ -236,14 +199,29 @@ def level(typing: Any, ratio: Any, top: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def lowest(typing: Any, value: Any) -> Any:
-    """Returns the smallest lane, float32."""
+def bits(typing: Any, mask: Any) -> Any:
+    """Returns a mask as a number: bit i is lane i."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        best = args[0]
-        for step in (4, 2, 1):
-            moved = ir.Constant(_INTS, [i ^ step for i in range(WIDTH)])
-            best = _least(builder, best, builder.shuffle_vector(best, best, moved))
-        return builder.extract_element(best, ir.Constant(_INT, 0))
+        return builder.zext(builder.bitcast(args[0], ir.IntType(WIDTH)), ir.IntType(64))
 
-    return types.float32(_LANES), generate
+    return types.int64(_MASK), generate
+
+
+def _extreme(builder: Any, value: Any, better: Callable[..., Any]) -> Any:
+    for step in (4, 2, 1):
+        moved = ir.Constant(_INTS, [i ^ step for i in range(WIDTH)])
+        value = better(builder, value, builder.shuffle_vector(value, value, moved))
+    return builder.extract_element(value, ir.Constant(_INT, 0))
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def lowest(typing: Any, value: Any) -> Any:
+    """Returns the smallest lane, float32."""
+    return types.float32(_LANES), lambda context, builder, sig, args: _extreme(builder, args[0], _least)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def highest(typing: Any, value: Any) -> Any:
+    """Returns the largest lane, float32."""
+    return types.float32(_LANES), lambda context, builder, sig, args: _extreme(builder, args[0], _most)
