@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize.formats.base import Checkpoint
-from quantize.formats.gguf.metadata import Kind, Value, f32, text, texts
+from quantize.formats.gguf.metadata import Kind, Value, f32, text, texts, u32
 
 _SIZE = re.compile(r"(\d+x)?\d+([._]\d+)?[kmbt]", re.I)
 _VERSION = re.compile(r"v\d+([._]\d+)*", re.I)
@@ -97,16 +97,32 @@ def _card(file: Path | None) -> dict[str, Value]:
     return found
 
 
+def pooling(checkpoint: Checkpoint, arch: str) -> dict[str, Value]:
+    """Returns how a model of sentence-transformers makes one vector of all: by mean, by first or by last token."""
+    for name, file in checkpoint.side_files.items():
+        if not name.endswith("_Pooling/config.json"):
+            continue
+        said = _object(file)
+        for key, number in (("mean_tokens", 1), ("cls_token", 2), ("lasttoken", 3)):
+            if said.get(f"pooling_mode_{key}"):
+                return {f"{arch}.pooling_type": u32(number)}
+    return {}
+
+
+def _object(file: Path) -> dict[str, Any]:
+    """Returns the object in a JSON file that nothing depends on; an empty one when there is none."""
+    try:
+        said = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return said if isinstance(said, dict) else {}
+
+
 def _sampling(checkpoint: Checkpoint) -> dict[str, Value]:
     file = checkpoint.side_files.get("generation_config.json")
     if file is None:
         return {}
-    try:
-        said: Any = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}  # of use to those who generate only
-    if not isinstance(said, dict):
-        return {}
+    said = _object(file)
     found: dict[str, Value] = {}
     if isinstance(said.get("top_k"), int):
         found["general.sampling.top_k"] = Value(Kind.I32, said["top_k"])

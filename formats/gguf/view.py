@@ -17,8 +17,9 @@ from quantize.formats.gguf import architectures
 from quantize.formats.gguf.architectures.assemble import count_extra, forms_of, forward, places, source_names
 from quantize.formats.gguf.architectures.base import HEAD
 from quantize.formats.gguf.architectures.lazy import Constant, Lazy, Leaf
+from quantize.formats.gguf.architectures.rope import read_rope, rope_notices
 from quantize.formats.gguf.architectures.settings import Settings
-from quantize.formats.gguf.general import general_metadata
+from quantize.formats.gguf.general import general_metadata, pooling
 from quantize.formats.gguf.metadata import Value, text, u32
 from quantize.schemes import QuantizedTensor
 
@@ -45,14 +46,15 @@ class GGUFView:
     Args:
         checkpoint: The source, under transformers' names.
         arch: What GGUF calls the architecture, to take the model as that whatever its class.
+        assume_tied: Whether a missing head is the embedding.
 
     Raises:
         InputError: the class is unknown, a tensor is missing or has no place, or the config says what llama.cpp
             cannot follow.
     """
 
-    def __init__(self, checkpoint: Checkpoint, arch: str | None = None) -> None:
-        self._base = checkpoint
+    def __init__(self, checkpoint: Checkpoint, arch: str | None = None, assume_tied: bool = False) -> None:
+        self._base, self._assume_tied = checkpoint, assume_tied
         self.architecture = architectures.of_config(checkpoint.config, checkpoint.path, arch)
         self.dropped: dict[str, str] = dict(checkpoint.dropped)
         settings = Settings(checkpoint.config, checkpoint.path)
@@ -70,7 +72,7 @@ class GGUFView:
     def _language(self, settings: Settings) -> dict[str, str]:
         """Returns the stored names of the language model by their name without what wraps it; drops the rest."""
         found: dict[str, str] = {}
-        wrapped = settings.own is not self._base.config and "text_config" in self._base.config
+        wrapped = settings.nested
         for name in self._base.tensors:
             if _BUFFERS.search(name):
                 self.dropped[name] = "a buffer that engines compute"
@@ -110,7 +112,8 @@ class GGUFView:
                 raise InputError(f"{self._base.path}: {what}")
             self.dropped[held[head].sources[0]] = _TIED
             return {name: tensor for name, tensor in held.items() if name != head}
-        if head not in held and not tied:
+        bare = str((self._base.config.get("architectures") or [""])[0]).endswith("Model")
+        if head not in held and not (tied or bare or self._assume_tied):
             raise InputError(
                 f"{self._base.path}: lacks tensor '{head}', and config.json does not tie the head to the embedding",
                 "if it is, say --assume-tied",
@@ -180,9 +183,16 @@ class GGUFView:
 
     @property
     def notices(self) -> list[str]:
-        """What the user should know of what is not written."""
+        """What the user should know: what is not written, and what llama.cpp does otherwise than transformers."""
         towers = sum(reason == _TOWER for reason in self.dropped.values())
-        return [f"the text model only: {towers} tensors of its other parts belong in an mmproj file"] if towers else []
+        found = [f"the text model only: {towers} tensors of its other parts belong in an mmproj file"] if towers else []
+        if self.architecture.rotated is not None:
+            found += rope_notices(read_rope(self.settings))
+        window = self.settings.own.get("sliding_window")
+        looks = self.settings.own.get("use_sliding_window", True) and "attention.sliding_window" not in self._metadata
+        if window and (looks or self.architecture.name == "phi3"):
+            found.append(f"llama.cpp attends to everything here, the model to the last {window} tokens")
+        return found
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -231,5 +241,6 @@ class GGUFView:
             "general.architecture": text(name),
             "general.type": text("model"),
             **general_metadata(self._base, sizes, self.settings.experts),
+            **pooling(self._base, name),
             **{key if key.startswith("tokenizer.") else f"{name}.{key}": value for key, value in own.items()},
         }

@@ -439,6 +439,40 @@ def test_towers_are_left_out(name: str, tmp_path: Path) -> None:
     assert "blk.1.ffn_down.weight" in view.tensors
 
 
+def test_names_with_and_without_a_prefix(tmp_path: Path) -> None:
+    for name, prefix in (("gpt2", "transformer."), ("bert", "bert."), ("qwen3", "model.")):
+        folder = gguf_models.save(name, tmp_path / name)
+        view = GGUFView(FolderCheckpoint(folder))
+        before = {key: view.read(key) for key in view.tensors}
+        held = load_file(folder / "model.safetensors")
+        other: dict[str, Tensor | None] = dict.fromkeys(held)
+        for key, values in held.items():
+            moved = key.removeprefix(prefix) if key.startswith(prefix) else prefix + key
+            other[key if key.startswith("lm_head") else moved] = values
+        after = GGUFView(edit(folder, other))
+        assert list(after.tensors) == list(before)
+        assert all(torch.equal(after.read(key), values) for key, values in before.items())
+
+
+def test_models_without_a_head(tmp_path: Path) -> None:
+    folder = gguf_models.save("qwen3", tmp_path)
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling/config.json").write_text('{"pooling_mode_lasttoken": true}')
+    bare = edit(folder, {"lm_head.weight": None})
+    assert "output.weight" not in GGUFView(bare, assume_tied=True).tensors
+    keys = keys_of(GGUFView(edit(folder, {}, architectures=["Qwen3Model"])))
+    assert keys["qwen3.pooling_type"] == 3
+
+
+def test_notices(tmp_path: Path) -> None:
+    folder = gguf_models.save("mistral", tmp_path)
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, **_YARN, "truncate": False}
+    notices = GGUFView(edit(folder, {}, sliding_window=16, rope_parameters=yarn)).notices
+    assert [notice.split(":")[0] for notice in notices] == ["yarn", "yarn", notices[2]]
+    assert notices[2] == "llama.cpp attends to everything here, the model to the last 16 tokens"
+    assert GGUFView(edit(folder, {}, sliding_window=None, rope_parameters=...)).notices == []
+
+
 # --- blocks that predict further tokens
 
 

@@ -96,9 +96,8 @@ def of_config(config: Mapping[str, Any], file: Path, arch: str | None = None) ->
     for architecture in ARCHITECTURES:
         if name == architecture.model_class or name in architecture.classes:
             return architecture
-    inner = text.own is not config and any(isinstance(config.get(key), dict) for key in ("text_config", "llm_config"))
     for architecture in ARCHITECTURES:
-        if (inner or name is None) and (kind == architecture.model_type or kind in architecture.model_types):
+        if (text.nested or name is None) and (kind == architecture.model_type or kind in architecture.model_types):
             return architecture
     raise InputError(
         f"{file}: the model class '{name or kind}' is not known",

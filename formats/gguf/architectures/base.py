@@ -135,7 +135,7 @@ def block(
         biased: Whether it has a bias, or the config's flag that says so.
     """
     target, source = f"blk.{{n}}.{target}", f".{source}"
-    rules = (weight(target, source, operation, where),)
+    rules: tuple[Rule, ...] = (weight(target, source, operation, where),)
     if biased:
         rules += (bias(target, source, operation, where, biased if isinstance(biased, str) else ""),)
     return rules

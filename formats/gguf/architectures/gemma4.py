@@ -8,23 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantize.formats.gguf.architectures.base import (
-    CONTEXT,
-    HEADS,
-    HIDDEN,
-    RMS,
-    Architecture,
-    Form,
-    Rule,
-    block,
-    mlp,
-    outer,
-    weight,
-)
+from quantize.formats.gguf.architectures.base import Architecture, Form, Rule, block, mlp, outer, weight
 from quantize.formats.gguf.architectures.gemma2 import four_norms
 from quantize.formats.gguf.architectures.operations import ONE
 from quantize.formats.gguf.architectures.rope import FACTORS, read_rope
-from quantize.formats.gguf.architectures.settings import EXPERTS_USED, Field, Keys, Settings, per_block
+from quantize.formats.gguf.architectures.settings import (
+    CONTEXT,
+    EXPERTS_USED,
+    HEADS,
+    HIDDEN,
+    RMS,
+    Field,
+    Keys,
+    Settings,
+    per_block,
+)
 from quantize.formats.gguf.metadata import Value, f32, flags, u32
 
 # What llama.cpp divides the frequencies of dimensions by that do not turn.
@@ -224,6 +222,7 @@ GEMMA4 = Architecture(
     rope=_rope,
     parse_rope=_parse_rope,
     tensors=_tensors,
+    drops={r"\.self_attn\.[kv]_(proj|norm)\.": "the block takes the keys and values of an earlier one"},
     back=_back,
     check=_check,
 )

@@ -5,22 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from quantize.formats.gguf.architectures.base import (
+from quantize.formats.gguf.architectures.base import Architecture, attention, block, mlp, outer, routed, without
+from quantize.formats.gguf.architectures.mamba import state_space
+from quantize.formats.gguf.architectures.settings import (
     CONTEXT,
+    EXPERTS_USED,
     FFN,
     HEADS,
     HIDDEN,
     RMS,
-    Architecture,
-    attention,
-    block,
-    mlp,
-    outer,
-    routed,
-    without,
+    Keys,
+    Settings,
+    experts,
 )
-from quantize.formats.gguf.architectures.mamba import state_space
-from quantize.formats.gguf.architectures.settings import EXPERTS_USED, Keys, Settings, experts
 from quantize.formats.gguf.metadata import Value, integers, u32
 
 

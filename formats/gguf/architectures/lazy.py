@@ -192,7 +192,7 @@ class Rows(Lazy):
         return (len(self.index), *self.parts[0].shape[1:])
 
     @cached_property
-    def scheme(self) -> Scheme:  # type: ignore[override]  # mypy: a cached property is no property
+    def scheme(self) -> Scheme:
         """The grid of the parts, or float32 when they differ."""
         schemes = [part.scheme for part in self.parts]
         return schemes[0] if len(set(schemes)) == 1 else Plain(torch.float32)
@@ -220,7 +220,7 @@ def _runs(rows: Tensor) -> list[tuple[int, int]]:
     """Returns the ranges of rows to read, for rows in any order."""
     if not len(rows):
         return []
-    ordered = rows.unique()
+    ordered = torch.unique(rows)
     cuts = (ordered.diff() > _GAP).nonzero().flatten() + 1
     return [(int(run[0]), int(run[-1]) + 1) for run in torch.tensor_split(ordered, cuts)]
 
@@ -242,7 +242,7 @@ class Stacked(Lazy):
         return (len(self.parts), *self.parts[0].shape)
 
     @cached_property
-    def scheme(self) -> Scheme:  # type: ignore[override]  # mypy: a cached property is no property
+    def scheme(self) -> Scheme:
         """The grid of the parts, or float32 when they differ."""
         schemes = {part.scheme for part in self.parts}
         return schemes.pop() if len(schemes) == 1 else Plain(torch.float32)

@@ -5,20 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from quantize.formats.gguf.architectures.base import (
-    CONTEXT,
-    HEAD,
-    HEADS,
-    HIDDEN,
-    Architecture,
-    Form,
-    Rule,
-    block,
-    weight,
-    without,
-)
+from quantize.formats.gguf.architectures.base import HEAD, Architecture, Form, Rule, block, weight, without
 from quantize.formats.gguf.architectures.operations import SQUEEZE
-from quantize.formats.gguf.architectures.settings import RMS, Field, Keys, Settings
+from quantize.formats.gguf.architectures.settings import CONTEXT, HEADS, HIDDEN, RMS, Field, Keys, Settings
 from quantize.formats.gguf.metadata import Value, f32, integers, u32
 
 

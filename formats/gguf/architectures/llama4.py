@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from quantize.formats.gguf.architectures.base import (
+from quantize.formats.gguf.architectures.base import Architecture, Form, Rule, attention, block, mlp, outer, without
+from quantize.formats.gguf.architectures.operations import GATE_UP, TRANSPOSE, chain
+from quantize.formats.gguf.architectures.settings import (
     CONTEXT,
+    EXPERTS_USED,
     HEAD_SIZE,
     HEADS,
     HIDDEN,
     KV_HEADS,
     RMS,
-    Architecture,
-    Form,
-    Rule,
-    attention,
-    block,
-    mlp,
-    outer,
-    without,
+    Field,
+    Keys,
+    Settings,
+    experts,
 )
-from quantize.formats.gguf.architectures.operations import GATE_UP, TRANSPOSE, chain
-from quantize.formats.gguf.architectures.settings import EXPERTS_USED, Field, Keys, Settings, experts
 from quantize.formats.gguf.metadata import Value, u32
 
 # What the loader takes for granted.

@@ -5,20 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from quantize.formats.gguf.architectures.base import (
-    HIDDEN,
-    Architecture,
-    Form,
-    Rule,
-    Where,
-    always,
-    bias,
-    block,
-    outer,
-    weight,
-)
+from quantize.formats.gguf.architectures.base import Architecture, Form, Rule, Where, always, bias, block, outer, weight
 from quantize.formats.gguf.architectures.operations import MINUS_EXP, SAME, SQUEEZE, Operation
-from quantize.formats.gguf.architectures.settings import RMS, Field, Keys, Settings
+from quantize.formats.gguf.architectures.settings import HIDDEN, RMS, Field, Keys, Settings
 from quantize.formats.gguf.metadata import Value, f32, flag, u32
 
 # A model without positions has no longest context; llama.cpp takes this for the default.

@@ -9,13 +9,6 @@ import torch
 from torch import Tensor
 
 from quantize.formats.gguf.architectures.base import (
-    CONTEXT,
-    FFN,
-    HEAD_SIZE,
-    HEADS,
-    HIDDEN,
-    KV_HEADS,
-    RMS,
     Architecture,
     Form,
     Rule,
@@ -39,7 +32,20 @@ from quantize.formats.gguf.architectures.operations import (
 )
 from quantize.formats.gguf.architectures.qwen2moe import SHARED_FFN
 from quantize.formats.gguf.architectures.rope import read_rope
-from quantize.formats.gguf.architectures.settings import EXPERT_FFN, EXPERTS_USED, Keys, Settings, experts
+from quantize.formats.gguf.architectures.settings import (
+    CONTEXT,
+    EXPERT_FFN,
+    EXPERTS_USED,
+    FFN,
+    HEAD_SIZE,
+    HEADS,
+    HIDDEN,
+    KV_HEADS,
+    RMS,
+    Keys,
+    Settings,
+    experts,
+)
 from quantize.formats.gguf.metadata import Value, flags, integers, u32
 
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from quantize.formats.gguf.architectures.base import (
-    FFN,
     Architecture,
     Form,
     Rule,
@@ -29,7 +28,7 @@ from quantize.formats.gguf.architectures.qwen35 import (
     linear,
     recurrent_pieces,
 )
-from quantize.formats.gguf.architectures.settings import Settings
+from quantize.formats.gguf.architectures.settings import FFN, Settings
 
 
 def _apart(settings: Settings, count: int) -> tuple[Tensor, Tensor]:
@@ -38,7 +37,8 @@ def _apart(settings: Settings, count: int) -> tuple[Tensor, Tensor]:
     value = int(settings.need("linear_num_value_heads")) // heads * int(settings.need("linear_value_head_dim"))
     if count != heads * 2 * (key + value):
         raise ValueError(f"it has {count} rows, not {heads} heads of {2 * (key + value)}")
-    q, k, v, z = torch.arange(count).reshape(heads, -1).split([key, key, value, value], dim=1)
+    by_head = torch.arange(count).reshape(heads, -1)
+    q, k, v, z = torch.tensor_split(by_head, [key, 2 * key, 2 * key + value], dim=1)
     return torch.cat([q.flatten(), k.flatten(), v.flatten()]), z.flatten()
 
 

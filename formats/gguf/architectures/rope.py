@@ -135,6 +135,18 @@ def _long_attention(settings: Settings, rope: Rope) -> float:
     return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
 
 
+def rope_notices(rope: Rope) -> list[str]:
+    """Returns what llama.cpp does otherwise than transformers with these rotary positions."""
+    if rope.kind != "yarn":
+        return []
+    said, found = rope.parameters, list[str]()
+    if said.get("truncate") is False:
+        found.append("yarn: llama.cpp rounds the limits of its ramp, which the config says not to do")
+    if (said.get("beta_fast") or 32, said.get("beta_slow") or 1) != (32, 1):
+        found.append("yarn: llama.cpp takes 32 and 1 for beta_fast and beta_slow, whatever the file says")
+    return found
+
+
 def rope_tensors(settings: Settings, rope: Rope, rotated: int) -> dict[str, Tensor]:
     """Returns the float32 tensors that state rotary positions beside the metadata, of half `rotated` values each.
 

@@ -39,8 +39,13 @@ class Settings:
     @cached_property
     def own(self) -> Mapping[str, Any]:
         """What the config says: of text where it tells text apart, else of all."""
-        inner = next((self.root[key] for key in _TEXT if isinstance(self.root.get(key), dict)), {})
+        inner: Mapping[str, Any] = next((self.root[key] for key in _TEXT if isinstance(self.root.get(key), dict)), {})
         return {**self.root, **inner}
+
+    @property
+    def nested(self) -> bool:
+        """Whether the model is of more than text."""
+        return any(isinstance(self.root.get(key), dict) for key in _TEXT)
 
     @cached_property
     def filled(self) -> Mapping[str, Any]:

@@ -138,7 +138,7 @@ T5 = Architecture(
         Field("decoder_start_token_id", ("decoder_start_token_id",), optional=True),
     ),
     layer="encoder.block.{n}",
-    classes=("T5WithLMHeadModel", "MT5ForConditionalGeneration", "UMT5ForConditionalGeneration"),
+    classes=("T5WithLMHeadModel", "MT5ForConditionalGeneration"),
     prefix="",
     rotated=None,
     more=_more,
