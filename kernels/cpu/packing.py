@@ -20,8 +20,10 @@ _LARGEST_HALF = np.float32(65504)
 def put_half(value: Any, out: Any, at: int) -> Any:
     """Stores the nearest float16, little-endian, and returns its value.
 
-    What is beyond float16 becomes its largest value instead of Inf: llama.cpp refuses a file with Inf in it.
+    What is beyond float16 becomes its largest value instead of Inf, and NaN (of sums that went to Inf) becomes 0:
+    llama.cpp refuses a file with either.
     """
+    value = value if value == value else np.float32(0)
     value = min(max(value, -_LARGEST_HALF), _LARGEST_HALF)
     bits = np.int64(to_half(value))
     out[at], out[at + 1] = bits & 255, bits >> 8
