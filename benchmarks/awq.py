@@ -84,6 +84,9 @@ def judge(rows: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
 @click.option("--rows", default=64, show_default=True, help="Calibration rows of 512 tokens, for both sides.")
 @click.option("--chunks", default=20, show_default=True)
 @click.option("--repeats", default=1, show_default=True, help="Runs of each job; medians of time and memory count.")
+@click.option(
+    "--peer-dtype", default="auto", show_default=True, help="What llm-compressor loads the model in; float32 is faster."
+)
 @click.option("--work", type=click.Path(exists=True, path_type=Path), help="Folder for outputs; a temporary one else.")
 def main(
     model: Path,
@@ -94,6 +97,7 @@ def main(
     rows: int,
     chunks: int,
     repeats: int,
+    peer_dtype: str,
     work: Path | None,
 ) -> None:
     with tempfile.TemporaryDirectory(dir=work) as name:
@@ -109,7 +113,7 @@ def main(
         }
         if peer is not None:
             outputs[PEER] = packed
-            jobs[PEER] = [peer, SCRIPTS / "llmcompressor_awq.py", model, ids, str(group_size), packed]
+            jobs[PEER] = [peer, SCRIPTS / "llmcompressor_awq.py", model, ids, str(group_size), peer_dtype, packed]
         figures = run_jobs(jobs, outputs, repeats)
         if peer is not None:
             measure([peer, SCRIPTS / "decompress.py", packed, plain])
@@ -126,6 +130,7 @@ def main(
     show("bars", bars)
     record = {"model": model.name, "group_size": group_size, "rows": rows, "length": LENGTH, "ids_sha256": digest}
     record |= {"calib": [Path(c).name for c in calib], "text": text.name, "chunks": chunks, "repeats": repeats}
+    record |= {"peer_dtype": peer_dtype}
     record |= {"peer_versions": peer_versions(peer)} if peer is not None else {}
     save(f"awq-{model.name}", {**record, "table": table, "bars": bars})
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from quantize.errors import InputError
 from quantize.formats.base import Checkpoint, Piece, TensorInfo
 from quantize.formats.container import Extent, read_rows
-from quantize.formats.folder import FolderCheckpoint, is_folder, read_json, take_quantization
+from quantize.formats.folder import FolderCheckpoint, FolderFormat, is_folder, read_json, take_quantization
 from quantize.schemes import AffineInt, Plain, QuantizedTensor, Scheme, Shape
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -106,9 +106,9 @@ class AWQCheckpoint(FolderCheckpoint):
         coded = self._codes(name, start, stop)
         return super().read(name, start, stop) if coded is None else coded.dequantize()
 
-    def read_coded(self, name: str) -> QuantizedTensor | None:
-        """Returns the codes of a quantized tensor, or None for a plain one."""
-        return self._codes(name, 0, None)
+    def read_coded(self, name: str, start: int = 0, stop: int | None = None) -> QuantizedTensor | None:
+        """Returns the codes of rows of a quantized tensor, or None for a plain one."""
+        return self._codes(name, start, stop)
 
     def _codes(self, name: str, start: int, stop: int | None) -> QuantizedTensor | None:
         """Returns rows of a quantized tensor. They lie across the file, so all is read, but only they are unpacked."""
@@ -132,7 +132,7 @@ class AWQCheckpoint(FolderCheckpoint):
         return self.extents[name if module is None else f"{module}.qweight"].file
 
 
-class AWQFormat:
+class AWQFormat(FolderFormat):
     """Reader and writer of AWQ GEMM folders."""
 
     name = "awq"

@@ -71,17 +71,27 @@ class Checkpoint(Protocol):
     def file(self, name: str) -> Path:
         """Returns the file that holds a tensor (the first of its parts), for messages."""
 
-    def read_coded(self, name: str) -> QuantizedTensor | None:
-        """Returns the tensor on its own grid, or None when it is plain."""
+    def read_coded(self, name: str, start: int = 0, stop: int | None = None) -> QuantizedTensor | None:
+        """Returns rows of a tensor on its own grid, or None when it is plain."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One array of the output: a tensor as the container sees it."""
+    """One array of the output: a tensor as the container sees it.
+
+    Attributes:
+        name: Its name in the file.
+        dtype: Element type of the array.
+        shape: Shape of the array.
+        scheme: The grid, where the container tells it.
+        logical: Shape of the tensor, where that differs from the array's.
+    """
 
     name: str
     dtype: torch.dtype
     shape: Shape
+    scheme: Scheme | None = None
+    logical: Shape = ()
 
     @property
     def nbytes(self) -> int:
@@ -90,6 +100,21 @@ class Piece:
         for size in self.shape:
             count *= size
         return count * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where everything of one output file lies, known before any of its arrays exists.
+
+    Attributes:
+        header: The bytes from offset 0 on.
+        where: Offset and number of bytes of each array, by name. What lies between them is zero.
+        size: Bytes of the whole file.
+    """
+
+    header: bytes
+    where: Mapping[str, tuple[int, int]]
+    size: int
 
 
 class Format(Protocol):
@@ -107,6 +132,10 @@ class Format(Protocol):
     def one_group(self) -> bool:
         """Whether the whole file has one group size."""
 
+    @property
+    def single_file(self) -> bool:
+        """Whether the output is one file, or its parts side by side, and no folder with config and tokenizer."""
+
     def sniff(self, path: Path) -> bool:
         """Returns whether `path` holds this format, from names and headers alone."""
 
@@ -117,17 +146,44 @@ class Format(Protocol):
             InputError: it is broken or of a kind that cannot be read.
         """
 
+    def view(self, checkpoint: Checkpoint, arch: str | None = None) -> Checkpoint:
+        """Returns the model under the names and in the order of this format.
+
+        Args:
+            checkpoint: The source.
+            arch: What this format calls the model's architecture, where it cannot tell.
+
+        Raises:
+            InputError: the format has no names for such a model.
+        """
+
     def reject(self, scheme: Scheme) -> str | None:
         """Returns why no tensor on `scheme` can be written in this format, or None when it can."""
 
     def refuse_tensor(self, name: str, shape: Shape) -> str | None:
         """Returns why this tensor cannot be quantized in this format whatever the scheme, or None when it can."""
 
+    def stand_in(self, scheme: Scheme, shape: Shape) -> Scheme | None:
+        """Returns the grid that a tensor gets where its shape forbids `scheme`, or None to keep it unquantized."""
+
     def pieces(self, name: str, shape: Shape, scheme: Scheme) -> list[Piece]:
         """Returns the arrays that tensor `name` of `shape` becomes, from the header alone."""
 
     def pack(self, name: str, coded: QuantizedTensor) -> dict[str, Tensor]:
         """Returns the arrays announced by `pieces`, by name, for a coded tensor."""
+
+    def file_names(self, out: str, count: int) -> list[str]:
+        """Returns the names of `count` weight files of an output called `out`."""
+
+    def header(self, view: Checkpoint, options: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Returns the metadata that goes into the header of the weight files, in the format's own types.
+
+        Raises:
+            InputError: what engines need cannot be told from the model's files.
+        """
+
+    def layouts(self, files: Mapping[str, Sequence[Piece]], header: Mapping[str, Any]) -> Mapping[str, Layout]:
+        """Returns the layout of each weight file, by its name, from the arrays that it holds."""
 
     def quantization_config(self, schemes: Mapping[str, Scheme]) -> dict[str, Any]:
         """Returns the `quantization_config` block for the linears in `schemes` (tensor name to scheme)."""

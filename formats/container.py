@@ -20,7 +20,7 @@ from torch import Tensor
 
 from quantize import schemes
 from quantize.errors import InputError
-from quantize.formats.base import Piece
+from quantize.formats.base import Layout, Piece
 from quantize.schemes import Shape
 
 DTYPES: dict[str, torch.dtype] = {name.upper(): dtype for name, dtype in schemes.DTYPES.items()}
@@ -131,16 +131,16 @@ def read_rows(extent: Extent, start: int = 0, stop: int | None = None) -> Tensor
     return buffer.view(extent.dtype).reshape(shape)
 
 
-def layout(pieces: Iterable[Piece], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int], int]:
-    """Returns `(header bytes, absolute offset of each piece, file size)` of a file that holds `pieces`.
+def layout(pieces: Iterable[Piece], metadata: Mapping[str, str]) -> Layout:
+    """Returns the layout of a file that holds `pieces`.
 
     They lie in order, unless one would not be aligned to its elements: then those with large elements come first.
     """
     table: dict[str, object] = {"__metadata__": dict(metadata)}
-    relative: dict[str, int] = {}
+    relative: dict[str, tuple[int, int]] = {}
     end = 0
     for piece in _aligned(list(pieces)):
-        relative[piece.name] = end
+        relative[piece.name] = end, piece.nbytes
         table[piece.name] = {
             "dtype": _NAMES[piece.dtype],
             "shape": list(piece.shape),
@@ -150,8 +150,8 @@ def layout(pieces: Iterable[Piece], metadata: Mapping[str, str]) -> tuple[bytes,
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data starts aligned to 8 bytes
     start = 8 + len(text)
-    header = len(text).to_bytes(8, "little") + text
-    return header, {name: start + offset for name, offset in relative.items()}, start + end
+    where = {name: (start + offset, nbytes) for name, (offset, nbytes) in relative.items()}
+    return Layout(len(text).to_bytes(8, "little") + text, where, start + end)
 
 
 def _aligned(pieces: list[Piece]) -> list[Piece]:

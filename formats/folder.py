@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ from typing import Any
 from torch import Tensor
 
 from quantize.errors import InputError
-from quantize.formats.base import TensorInfo
-from quantize.formats.container import Extent, read_header, read_rows
-from quantize.schemes import Plain, QuantizedTensor
+from quantize.formats.base import Checkpoint, Layout, Piece, TensorInfo
+from quantize.formats.container import Extent, layout, read_header, read_rows
+from quantize.schemes import Plain, QuantizedTensor, Scheme, Shape
 
 INDEX = "model.safetensors.index.json"
 _ADAPTER = "adapter_config.json"
@@ -197,7 +197,7 @@ class FolderCheckpoint:
         """Returns the shard of a plain tensor."""
         return self.extents[name].file
 
-    def read_coded(self, name: str) -> QuantizedTensor | None:
+    def read_coded(self, name: str, start: int = 0, stop: int | None = None) -> QuantizedTensor | None:
         """Returns None: nothing here is quantized."""
         return None
 
@@ -236,3 +236,31 @@ def _modules(root: Path) -> set[str]:
         return {Path(row["path"]).parts[0] for row in table if row["path"]}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"{file}: no list of modules: {error}") from error
+
+
+class FolderFormat:
+    """What all formats share that are folders of safetensors shards with the model's own names."""
+
+    single_file = False
+
+    def view(self, checkpoint: Checkpoint, arch: str | None = None) -> Checkpoint:
+        """Returns the model itself: names and shapes stay."""
+        return checkpoint
+
+    def file_names(self, out: str, count: int) -> list[str]:
+        """Returns transformers' names of the shards."""
+        if count == 1:
+            return ["model.safetensors"]
+        return [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+
+    def stand_in(self, scheme: Scheme, shape: Shape) -> Scheme | None:
+        """Returns None: what does not fit is kept."""
+        return None
+
+    def header(self, view: Checkpoint, options: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Returns what transformers asks of a header."""
+        return {"format": "pt"}
+
+    def layouts(self, files: Mapping[str, Sequence[Piece]], header: Mapping[str, Any]) -> dict[str, Layout]:
+        """Returns the layout of each shard."""
+        return {name: layout(pieces, header) for name, pieces in files.items()}

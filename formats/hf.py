@@ -10,11 +10,11 @@ from torch import Tensor
 
 from quantize.errors import InputError
 from quantize.formats.base import Checkpoint, Piece
-from quantize.formats.folder import FolderCheckpoint, is_folder
+from quantize.formats.folder import FolderCheckpoint, FolderFormat, is_folder
 from quantize.schemes import Plain, QuantizedTensor, Scheme, Shape
 
 
-class HFFormat:
+class HFFormat(FolderFormat):
     """Reader and writer of plain folders."""
 
     name = "hf"

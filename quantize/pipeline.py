@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,98 +16,38 @@ import torch
 from torch import Tensor
 
 from quantize import formats, methods
-from quantize.calib_data import CalibrationText, token_rows
+from quantize.anatomy import Anatomy, ModuleAnatomy, NamedAnatomy
+from quantize.calib_data import CalibrationText
+from quantize.calibration import calibration_text, open_sweep
 from quantize.checkpoint import fingerprint, is_quantized, open_checkpoint
 from quantize.errors import InputError, QuantizeError, ResourceError, UsageError, resource_error
 from quantize.evaluation import DEFAULT_TEXT, evaluate_checkpoints, require_windows
 from quantize.formats.folder import INDEX
-from quantize.methods.base import ROWS, Block, Method, Result
-from quantize.parallel import Pool, default_threads, one_torch_thread, spans
-from quantize.planning import Entry, Plan, Request, make_plan, require_space
+from quantize.formats.gguf.imatrix import read_imatrix, write_imatrix
+from quantize.importance import gather_importance
+from quantize.methods.base import Block, Method, Result
+from quantize.mixing import Mixing, is_gguf, plain_mix
+from quantize.ollama import modelfile
+from quantize.parallel import Pool, default_threads, one_torch_thread
+from quantize.planning import SHARD_BYTES, Entry, Plan, Request, make_plan, require_space
 from quantize.presets import Choice, choose
 from quantize.progress import Progress, silent
 from quantize.recipe import parse_rule, read_recipe
 from quantize.report import Report, card, figures
-from quantize.schemes import Plain, QuantizedTensor, Scheme, dtype_name, parse_scheme
-from quantize.selftext import SELF, sample_rows
+from quantize.schemes import Plain, Scheme, parse_scheme
+from quantize.settings import Settings
 from quantize.skeleton import Skeleton
 from quantize.statistics import Statistics
 from quantize.store import StatisticsFile
 from quantize.structure import Input
-from quantize.sweep import Sweep
-from quantize.tokenizer import load_tokenizer, require_rows
 from quantize.trace import Known, trace
 from quantize.version import VERSION
+from quantize.work import Work
 from quantize.writer import REPORT, OutputFolder, check_target, tidy
 
-SAMPLES = 64
-LENGTH = 512
 EVAL_CHUNKS = 20
-_PROBE_TOKENS = 32
-_BATCH_TOKENS = 512
-# Bytes of a plain tensor copied at a time.
-_COPY = 16 * 2**20
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """The options of a run; the command line's spellings are these names with dashes.
-
-    Attributes:
-        method: Name of the method; None for a plain conversion.
-        bits: Code width; None for the method's own.
-        group_size: Inputs per scale; None for the format's own.
-        symmetric: Whether zero points are fixed to the middle.
-        type: llama.cpp's name of a type or mix.
-        format: Name of the format; None for the method's own.
-        dtype: What plain floating tensors become; None to keep them.
-        out: The output; None for a name in the current folder.
-        adapters: LoRA folders, `DIR` or `DIR:SCALE`.
-        calib: Calibration text sources; empty for the bundled text.
-        calib_samples: Rows of calibration text.
-        calib_length: Tokens per row.
-        statistics: File to save statistics in, or to reuse them from if it exists.
-        recipe: Recipe file.
-        set: Rules `PATTERN=SCHEME`, before the file's.
-        eval: Text to measure the loss on, "none", or None for the method's own.
-        seed: Seed of every random choice.
-        threads: Threads; None for all processors.
-        activation_budget: Bytes of waiting activations kept in memory.
-        requantize: Whether a quantized source may be quantized again.
-        assume_tied: Whether a missing head is the embedding.
-        allow_nan: Whether NaN and Inf in weights are let through.
-        overwrite: Whether an existing output is replaced.
-        restart: Whether an unfinished run is dropped instead of continued.
-        fallback: Whether another group or no quantization may stand in where a shape forbids what was asked.
-        strict: Whether any local fallback is an error; implies `fallback=False`.
-    """
-
-    method: str | None = None
-    bits: int | None = None
-    group_size: int | None = None
-    symmetric: bool = False
-    type: str | None = None
-    format: str | None = None
-    dtype: str | None = None
-    out: str | Path | None = None
-    adapters: tuple[str, ...] = ()
-    calib: tuple[str, ...] = ()
-    calib_samples: int = SAMPLES
-    calib_length: int = LENGTH
-    statistics: str | Path | None = None
-    recipe: str | Path | None = None
-    set: tuple[str, ...] = ()
-    eval: str | None = None
-    seed: int = 0
-    threads: int | None = None
-    activation_budget: int = 2**31
-    requantize: bool = False
-    assume_tied: bool = False
-    allow_nan: bool = False
-    overwrite: bool = False
-    restart: bool = False
-    fallback: bool = True
-    strict: bool = False
+# Where an unfinished run keeps the importance that it has gathered.
+_GATHERED = ".gathered-imatrix"
 
 
 class Job:
@@ -131,10 +71,13 @@ class Job:
         self.method: Method | None = methods.named(self.choice.method) if self.choice else None
         self.target = formats.named(self.choice.format if self.choice else self.settings.format or "hf")
         self._refuse_second_rounding()
-        self.skeleton = Skeleton(self.checkpoint, settings.assume_tied)
+        self.view = self.target.view(self.checkpoint, settings.arch)
         self.out = _output(settings.out if settings.out is not None else self._default_name())
         self.threads = settings.threads or default_threads()
-        plan = make_plan(self.checkpoint, self.skeleton, self._request(), self.out)
+        self.mix: Mixing | None = None
+        if self.target.single_file:
+            self.mix = Mixing.of(self.target, self.choice, self.view, self.settings)
+        plan = make_plan(self.view, self._anatomy(), self._request(), self.out)
         self.plan = replace(plan, refusal=self._refusal(plan))
 
     def run(self) -> Report:
@@ -157,7 +100,7 @@ class Job:
         if statistics is not None and self._calibrates:
             statistics.require(identity["model"], text.sha256 if text else "")
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        output = OutputFolder(self.out, self.plan.files, digest, self.settings.restart)
+        output = OutputFolder(self.out, self.plan.layouts, digest, self.settings.restart, loose=self.target.single_file)
         try:
             with one_torch_thread():
                 report = self._fill(output, text, statistics, identity)
@@ -175,9 +118,9 @@ class Job:
         return report
 
     @cached_property
-    def _entry(self) -> Mapping[str, Entry]:
-        """The plan's entries by name."""
-        return {entry.name: entry for entry in self.plan.entries}
+    def skeleton(self) -> Skeleton:
+        """The model's modules. Building them takes seconds, so what can do without does."""
+        return Skeleton(self.checkpoint, self.settings.assume_tied)
 
     def _base_name(self) -> str:
         """Returns what figures compare with; a quantized source is compared with what it reads back as."""
@@ -189,7 +132,8 @@ class Job:
 
     @property
     def _calibrates(self) -> bool:
-        return self.method is not None and self.method.calibrates
+        """Whether this run passes text through the model."""
+        return self.mix.gathers if self.mix is not None else self.method is not None and self.method.calibrates
 
     def _fill(
         self,
@@ -198,14 +142,19 @@ class Job:
         statistics: StatisticsFile | None,
         identity: Mapping[str, Any],
     ) -> Report:
-        self._copy_plain(output)
+        work = Work(self.plan, self.view, output, self.settings.allow_nan, self.progress)
+        work.copy(self._touched())
         with Pool(self.threads) as pool:
-            for block, result in self._results(output, text, statistics, identity, pool):
-                self._store(output, block, result)
-                del block, result  # they would wait in memory while the next ones are made
-        record = self._records(output)
+            if self.mix is not None:
+                work.encode(pool, self._importance(output, text))
+            else:
+                for block, result in self._results(work, text, statistics, identity, pool):
+                    work.store(block, result)
+                    del block, result  # they would wait in memory while the next ones are made
+        record = work.records()
         heard = text.notices if text is not None else ()
-        notes = (*self.plan.notices, *heard, *(note for row in record.values() for note in row["notes"]))
+        importance = self.mix.notes if self.mix is not None else ()
+        notes = (*self.plan.notices, *heard, *importance, *(note for row in record.values() for note in row["notes"]))
         local = [note for row in record.values() for note in row["notes"]]
         if self.settings.strict and (local or self.plan.fallbacks):
             first = local[0] if local else f"{self.plan.fallbacks[0].name} {self.plan.fallbacks[0].rule}"
@@ -232,9 +181,26 @@ class Job:
 
     # -- what is computed ------------------------------------------------------------------------------------------
 
+    def _importance(self, output: OutputFolder, text: CalibrationText | None) -> Mapping[str, Tensor]:
+        """Returns the importance of each tensor's input columns: read, or gathered once and kept for a next run."""
+        assert self.mix is not None
+        if text is None:
+            return self.mix.means
+        kept = output.path / _GATHERED
+        if kept.exists():
+            matrix = read_imatrix(kept)
+        else:
+            matrix = gather_importance(
+                self.settings, self.skeleton, self.checkpoint, self.view, text, self.threads, output.path, self.progress
+            )
+            write_imatrix(kept, matrix)
+            if self.mix.save is not None:
+                write_imatrix(self.mix.save, matrix)
+        return self.mix.accept(matrix, self.view)
+
     def _results(
         self,
-        output: OutputFolder,
+        work: Work,
         text: CalibrationText | None,
         statistics: StatisticsFile | None,
         identity: Mapping[str, Any],
@@ -244,25 +210,26 @@ class Job:
         if self.method is None:
             return
         if not self._calibrates:
-            todo = [e for e in self.plan.quantized if not self._written(output, [e])]
+            todo = [e for e in self.plan.quantized if not work.written([e])]
             for index, entry in enumerate(todo, 1):
-                yield self._made(entry.name, {entry.name: self._read(entry.name)}, (), {}, pool)
+                yield self._made(work, entry.name, {entry.name: work.read(entry.name)}, (), {}, pool)
                 self.progress("quantizing", index, len(todo))
             return
         blocks = [path for path in self.skeleton.blocks if self._entries_of(path)]
         if statistics is not None and statistics.exists:
             for index, path in enumerate(blocks, 1):
-                if not self._written(output, self._entries_of(path)):
-                    weights = {n: self._read(n) for n in self.skeleton.stored_names(path)}
-                    yield self._made(path, weights, *statistics.read(path), pool)
+                if not work.written(self._entries_of(path)):
+                    weights = {n: work.read(n) for n in self.skeleton.stored_names(path)}
+                    yield self._made(work, path, weights, *statistics.read(path), pool)
                     del weights
                 self.progress("quantizing", index, len(blocks))
             return
         assert text is not None
-        yield from self._swept(output, text, statistics, identity, pool, blocks)
+        yield from self._swept(work, text, statistics, identity, pool, blocks)
 
     def _made(
         self,
+        work: Work,
         name: str,
         weights: Mapping[str, Tensor],
         inputs: Sequence[Input],
@@ -271,12 +238,12 @@ class Job:
     ) -> tuple[Block, Result]:
         """Returns one block and what the method makes of it. Its callers keep no weights alive while they wait."""
         assert self.method is not None
-        block = replace(self._block(name, weights), inputs=inputs, statistics=statistics)
+        block = replace(work.block(name, weights), inputs=inputs, statistics=statistics)
         return block, self.method.quantize(block, pool)
 
     def _swept(
         self,
-        output: OutputFolder,
+        work: Work,
         text: CalibrationText,
         statistics: StatisticsFile | None,
         identity: Mapping[str, Any],
@@ -284,22 +251,12 @@ class Job:
         blocks: Sequence[str],
     ) -> Iterator[tuple[Block, Result]]:
         """Yields the blocks of a calibration sweep. Blocks on disk already are only passed through."""
-        assert self.method is not None
-        todo = [path for path in blocks if not self._written(output, self._entries_of(path))]
+        todo = [path for path in blocks if not work.written(self._entries_of(path))]
         if not todo and statistics is None:
             return
-        batches = list(torch.split(text.ids, max(1, _BATCH_TOKENS // text.ids.shape[1])))
         with ExitStack() as stack:
             sweep = stack.enter_context(
-                Sweep(
-                    self.skeleton,
-                    self.checkpoint,
-                    batches,
-                    threads=self.threads,
-                    probe=text.ids[:1, :_PROBE_TOKENS],
-                    budget=self.settings.activation_budget,
-                    folder=output.path,
-                )
+                open_sweep(self.settings, self.skeleton, self.checkpoint, text, self.threads, work.output.path)
             )
             if statistics is not None:
                 matrices = (name for path in self.skeleton.blocks for name in self.skeleton.stored_names(path))
@@ -307,13 +264,13 @@ class Job:
             known: Known = {}
             for stage in sweep.stages():
                 if stage.path in todo or (statistics is not None and stage.path in blocks):
-                    self._scan(stage.weights)
+                    work.scan(stage.weights)
                     structure = trace(stage, self.skeleton, known)
                     values = stage.run(structure.sites)
                     if statistics is not None:
                         statistics.write(stage.path, structure.inputs, values)
                     if stage.path in todo:
-                        yield self._made(stage.path, stage.weights, structure.inputs, values, pool)
+                        yield self._made(work, stage.path, stage.weights, structure.inputs, values, pool)
                         todo.remove(stage.path)
                     del values
                 if stage.path in blocks:
@@ -325,117 +282,24 @@ class Job:
                     f"{self.checkpoint.path}: a forward pass never entered {todo[0]}", "quantize it with --method rtn"
                 )
 
-    def _block(self, name: str, weights: Mapping[str, Tensor]) -> Block:
-        """Returns the block made of these stored tensors; those on disk already are left out of its schemes."""
-        entries = {e.name: e for e in map(self._entry.get, weights) if e is not None}
-        dtypes = {n: e.scheme.dtype if isinstance(e.scheme, Plain) else torch.float32 for n, e in entries.items()}
-        return Block(name, weights, dtypes, {n: e.scheme for n, e in entries.items() if e.quantized})
-
-    def _read(self, name: str) -> Tensor:
-        value = self.checkpoint.read(name)
-        value = value.float() if value.is_floating_point() else value
-        self._scan({name: value})
-        return value
-
-    def _scan(self, weights: Mapping[str, Tensor], start: int = 0) -> None:
-        """Refuses NaN and Inf in the source, naming file, tensor, place and number; the first row is `start`."""
-        if self.settings.allow_nan:
-            return
-        for name, value in weights.items():
-            if not _finite(value):
-                bad = (~value.float().isfinite()).nonzero()
-                first = bad[0].tolist()
-                place = [first[0] + start, *first[1:]] if first else "its only value"
-                raise InputError(
-                    f"{self.checkpoint.file(name)}: tensor '{name}' holds {len(bad)} NaN or Inf, first at {place}",
-                    "download it again; --allow-nan lets it through",
-                )
-
-    # -- what is written -------------------------------------------------------------------------------------------
-
-    def _copy_plain(self, output: OutputFolder) -> None:
-        """Writes every tensor that no method changes, a run of rows at a time."""
-        touched = self._touched()
-        plain = [e for e in self.plan.entries if not e.quantized and e.name not in touched]
-        todo = [e for e in plain if e.name not in output.done]
-        for index, entry in enumerate(todo, 1):
-            zeroed: list[int] = []
-            output.put_parts(entry.name, self._parts(entry, zeroed))
-            if note := _zeroed_note(entry, sum(zeroed)):
-                output.record(entry.name, {"notes": [note], "errors": {}})
-            if index % 32 == 0 or index == len(todo) or entry.count > _COPY:
-                output.commit()
-            self.progress("copying", index, len(todo))
-
     def _touched(self) -> frozenset[str]:
         """Plain tensors that a calibrating method may change: those of the blocks that it works on."""
-        if not self._calibrates:
+        if self.mix is not None or not self._calibrates:
             return frozenset()
         return frozenset(
             name for path in self.skeleton.blocks if self._entries_of(path) for name in self.skeleton.stored_names(path)
         )
 
-    def _parts(self, entry: Entry, zeroed: list[int]) -> Iterator[Tensor]:
-        """Yields a plain tensor in its output dtype, a run of rows at a time, and counts what becomes 0 by the cast."""
-        length = entry.shape[0] if entry.shape else 1
-        rows = max(1, _COPY // max(1, 4 * entry.count // max(1, length)))
-        for start in range(0, length, rows):
-            part = self.checkpoint.read(entry.name, start, start + rows)
-            self._scan({entry.name: part}, start)
-            cast = self._cast(entry, part)
-            zeroed.append(_zeroed(part, cast))
-            yield cast
-
-    def _cast(self, entry: Entry, value: Tensor) -> Tensor:
-        """Returns a plain value in its output dtype.
-
-        Raises:
-            InputError: a finite value would become Inf.
-        """
-        assert isinstance(entry.scheme, Plain)
-        if value.dtype == entry.scheme.dtype:
-            return value
-        result = value.to(entry.scheme.dtype)
-        if result.is_floating_point() and bool((result.isinf() & value.isfinite()).any()):
-            raise InputError(
-                f"tensor '{entry.name}' has values beyond {dtype_name(entry.scheme.dtype)}", "use --dtype bf16"
-            )
-        return result
-
-    def _store(self, output: OutputFolder, block: Block, result: Result) -> None:
-        """Writes all tensors of one block and makes them durable together with the block's record."""
-        by_name = {e.name: e for e in map(self._entry.get, block.weights) if e is not None}
-        errors: dict[str, float] = {}
-        notes = list(result.notes)
-        for name, entry in by_name.items():
-            if entry.quantized:
-                coded = result.coded[name]
-                output.put(self.target.pack(name, coded))
-                errors[name] = self._error(block, result, name, coded)
-            else:
-                value = result.changed.get(name, block.weights[name])
-                cast = self._cast(entry, value)
-                output.put({name: cast})
-                if note := _zeroed_note(entry, _zeroed(value, cast)):
-                    notes.append(note)
-        output.record(block.name, {"notes": notes, "errors": errors})
-        output.commit()
-
-    @staticmethod
-    def _error(block: Block, result: Result, name: str, coded: QuantizedTensor) -> float:
-        """Returns |Q - W|^2 / |W|^2, W being what was rounded: the weight after folds."""
-        weight = result.targets.get(name, block.weights[name])
-        lost = whole = 0.0
-        for start, stop in spans(len(weight), ROWS):
-            part = weight[start:stop]
-            lost += float((coded.rows(start, stop).dequantize() - part).square_().sum())
-            whole += float(part.square().sum())
-        return lost / max(whole, 1e-30)
-
-    def _records(self, output: OutputFolder) -> dict[str, dict[str, Any]]:
-        return dict(sorted(output.records.items()))
+    # -- what is written -------------------------------------------------------------------------------------------
 
     def _side_files(self, output: OutputFolder, report: Report) -> None:
+        """Writes what is no weights: the report, and for a folder config, tokenizer and card."""
+        if self.target.single_file:
+            written = {self._report_name: report.to_json()}
+            if self.settings.ollama:
+                written[f"{self.out.name}.Modelfile"] = modelfile(self.out.name, self.checkpoint)
+            output.write_side_files({}, written)
+            return
         config = deepcopy(self.checkpoint.config)
         linears = {e.name: e.scheme for e in self.plan.entries if e.quantized or _maybe_linear(e)}
         block = self.target.quantization_config(linears) if self.plan.quantized else {}
@@ -460,8 +324,16 @@ class Job:
             written[INDEX] = index
         output.write_side_files(self.checkpoint.side_files, written)
 
+    @property
+    def _report_name(self) -> str:
+        """The report in a folder, or beside a file."""
+        return f"{self.out.stem}.{REPORT}" if self.target.single_file else REPORT
+
     def _file_names(self) -> tuple[str, ...]:
         """Returns the names of all files of the output."""
+        if self.target.single_file:
+            modelfiles = [f"{self.out.name}.Modelfile"] if self.settings.ollama else []
+            return (*self.plan.files, self._report_name, *modelfiles)
         index = [INDEX] if len(self.plan.files) > 1 else []
         return tuple(
             sorted({*self.plan.files, *index, *self.checkpoint.side_files, "config.json", "README.md", REPORT})
@@ -469,7 +341,7 @@ class Job:
 
     def _evaluate(self, output: OutputFolder, report: Report, source: str) -> dict[str, Any]:
         result = evaluate_checkpoints(
-            formats.find(output.path).open(output.path),
+            self.target.open(output.path),
             self.checkpoint,
             names=(self.out.name, report.base),
             text=source,
@@ -485,31 +357,45 @@ class Job:
 
     # -- what is decided -------------------------------------------------------------------------------------------
 
+    def _anatomy(self) -> Anatomy:
+        if self.mix is None:
+            return ModuleAnatomy(self.skeleton, self.checkpoint)
+        if self.mix.gathers:
+            _ = self.skeleton  # what cannot be built is refused now
+        sources = getattr(self.view, "sources", lambda name: (name,))
+        return NamedAnatomy({name: sources(name) for name in self.view.tensors})
+
     def _request(self) -> Request:
         rules = [parse_rule(text, "--set") for text in self.settings.set]
-        if self.settings.recipe is not None:
+        if self.settings.recipe is not None and not is_gguf(self.settings.recipe):
             rules += read_recipe(Path(self.settings.recipe))
+        unsplit = SHARD_BYTES if self.mix is None else 2**62
         return Request(
             scheme=self.choice.scheme if self.choice else None,
             method=self.method,
             format=self.target,
             rules=rules,
+            decisions=self.mix.decisions if self.mix is not None else None,
+            header=self.mix.header if self.mix is not None else self.target.header(self.view, {}),
             dtype=_dtype(self.settings.dtype),
             fallback=self.settings.fallback,
             samples=self.settings.calib_samples,
             length=self.settings.calib_length,
             threads=self.threads,
             activation_budget=self.settings.activation_budget,
+            shard_bytes=self.settings.split_size or unsplit,
         )
 
     def _refusal(self, plan: Plan) -> QuantizeError | None:
         """Returns why what lies on the disk forbids the run, or None."""
         settings = self.settings
         adapters = (text if Path(text).exists() else text.rpartition(":")[0] for text in settings.adapters)
-        files = (settings.recipe, settings.statistics, settings.eval, *settings.calib, *adapters)
+        files = (settings.recipe, settings.statistics, settings.imatrix, settings.eval, *settings.calib, *adapters)
         sources = [self.checkpoint.path, *(path for file in files if file and (path := Path(file)).exists())]
+        sources += [self.checkpoint.file(name) for name in self.checkpoint.tensors] if plan.format.single_file else []
+        beside = [*plan.files, self._report_name] if plan.format.single_file else []
         try:
-            check_target(self.out, sources, settings.overwrite)
+            check_target(self.out, dict.fromkeys(sources), settings.overwrite, beside)
             require_space(plan, OutputFolder.reserved_bytes(self.out))
         except QuantizeError as error:
             return error
@@ -532,19 +418,16 @@ class Job:
     def _default_name(self) -> str:
         name = self.source.split("@")[0].rsplit("/", 1)[-1]
         name = Path(name).stem if self.checkpoint.path.is_file() else name
+        if self.target.single_file:
+            mix = self.choice.mix if self.choice is not None else None
+            return f"{name}-{(mix or plain_mix(self.view, _dtype(self.settings.dtype))).name}.gguf"
         return name + (self.choice.suffix if self.choice else f"-{self.settings.format or 'hf'}")
 
     def _entries_of(self, path: str) -> list[Entry]:
         """Returns the entries that the method makes for a block: nothing, if nothing of it is quantized."""
-        entries = [self._entry[name] for name in self.skeleton.stored_names(path)]
+        by_name = {entry.name: entry for entry in self.plan.entries}
+        entries = [by_name[name] for name in self.skeleton.stored_names(path)]
         return entries if any(entry.quantized for entry in entries) else []
-
-    def _written(self, output: OutputFolder, entries: Sequence[Entry]) -> bool:
-        return all(
-            piece.name in output.done
-            for entry in entries
-            for piece in self.target.pieces(entry.name, entry.shape, entry.scheme)
-        )
 
     def _eval_source(self) -> str | None:
         wanted = self.settings.eval or ("default" if self._calibrates else "none")
@@ -555,37 +438,7 @@ class Job:
     def _calibration_text(self) -> CalibrationText | None:
         if not self._calibrates:
             return None
-        sources = self.settings.calib or ("default",)
-        if "none" in sources:
-            raise UsageError(
-                f"method {self.choice.method if self.choice else ''} needs calibration text", "drop --calib none"
-            )
-        text = self._mixed_rows(tuple(sources))
-        require_rows(text.ids, self.skeleton, self.checkpoint)
-        return text
-
-    def _mixed_rows(self, sources: tuple[str, ...]) -> CalibrationText:
-        """Returns the rows of all sources, row r from source r % n; those of `self` are sampled from the model."""
-        count, length, seed = self.settings.calib_samples, self.settings.calib_length, self.settings.seed
-        tokenizer = load_tokenizer(self.checkpoint)
-        if SELF not in sources:
-            return token_rows(sources, tokenizer, rows=count, length=length, seed=seed)
-        own = [row for row in range(count) if sources[row % len(sources)] == SELF]
-        with one_torch_thread():
-            sampled = sample_rows(
-                self.skeleton, self.checkpoint, tokenizer,
-                rows=len(own), length=length, seed=seed, progress=self.progress,
-            )  # fmt: skip
-        others = tuple(source for source in sources if source != SELF)
-        notices: tuple[str, ...] = ()
-        special = int(torch.isin(sampled, torch.tensor(tokenizer.all_special_ids)).sum())
-        ids = torch.empty(count, length, dtype=torch.int64)
-        ids[own] = sampled
-        if others:
-            rest = token_rows(others, tokenizer, rows=count - len(own), length=length, seed=seed)
-            ids[[row for row in range(count) if row not in set(own)]] = rest.ids
-            special, notices = special + rest.special_tokens, rest.notices
-        return CalibrationText(ids, sources, hashlib.sha256(ids.numpy().tobytes()).hexdigest(), special, notices)
+        return calibration_text(self.settings, self.skeleton, self.checkpoint, self.progress)
 
     def _identity(self, text: CalibrationText | None) -> dict[str, Any]:
         """Returns everything that decides the output's bytes."""
@@ -616,36 +469,17 @@ class Job:
 
 def _choice(settings: Settings) -> Choice | None:
     """Returns what is to be done to the linears, or None for a plain conversion."""
-    if settings.method is None and settings.type is None and settings.format == "hf":
+    if settings.method is None and settings.type is None and settings.format in ("hf", "gguf"):
         return None
     return choose(
         settings.method, settings.bits, settings.group_size, settings.symmetric, settings.format, settings.type
     )
 
 
-def _finite(value: Tensor) -> bool:
-    """Returns whether no element is NaN or Inf, by the extremes: NaN shows in both, and no mask of all is made."""
-    if not value.is_floating_point() or not value.numel():
-        return True
-    value = value.float() if value.dtype.itemsize == 1 else value
-    return all(bool(extreme.isfinite()) for extreme in value.aminmax())
-
-
 def _maybe_linear(entry: Entry) -> bool:
     """Returns whether an engine might take a kept tensor for a linear: towers, projectors, routers, kept blocks."""
     matrix = len(entry.shape) == 2 and entry.name.endswith(".weight")
     return matrix and entry.rule not in ("copied: embedding", "copied: head")
-
-
-def _zeroed(before: Tensor, after: Tensor) -> int:
-    """Returns how many values a cast made zero."""
-    if before.dtype == after.dtype or not before.is_floating_point():
-        return 0
-    return int(((after == 0) & (before != 0)).sum())
-
-
-def _zeroed_note(entry: Entry, count: int) -> str | None:
-    return f"{entry.name}: {count} values too small for {entry.scheme} became 0" if count else None
 
 
 def _output(path: str | Path) -> Path:

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from quantize.anatomy import Anatomy
 from quantize.errors import InputError, QuantizeError, ResourceError, UsageError
-from quantize.formats.base import Checkpoint, Format, Piece, TensorInfo
+from quantize.formats.base import Checkpoint, Format, Layout, Piece, TensorInfo
 from quantize.methods.base import Method
 from quantize.recipe import Rule, first_match
 from quantize.schemes import AffineInt, Plain, Scheme, Shape
-from quantize.skeleton import Skeleton
 
 # Where the group size goes when it does not divide every planned width.
 _SMALLER_GROUPS = (128, 64, 32)
-_SHARD_BYTES = 5_000_000_000
+SHARD_BYTES = 5_000_000_000
 # Interpreter, torch and transformers, measured.
 _BASE_BYTES = 450 * 2**20
 _SLACK_BYTES = 64 * 2**20
+# A run of rows on its way through an encoder: as stored, as float32, as blocks.
+_RUN_BYTES = 24 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,11 @@ class Entry:
         return not isinstance(self.scheme, Plain)
 
     @property
+    def copied(self) -> bool:
+        """Whether its stored codes go over as they are."""
+        return self.scheme == self.source
+
+    @property
     def count(self) -> int:
         """Number of weights."""
         return int(torch.Size(self.shape).numel())
@@ -66,6 +73,7 @@ class Plan:
         entries: One for each stored tensor, in file order.
         dropped: Stored tensors left out, with the rule.
         files: Arrays of each output file, in order, by file name.
+        header: What the headers of the files say beside the arrays.
         notices: What the user should know, one line each.
         peak_bytes: Estimated peak of anonymous memory.
         free_bytes: Free disk space at the output.
@@ -80,6 +88,7 @@ class Plan:
     entries: tuple[Entry, ...]
     dropped: Mapping[str, str]
     files: Mapping[str, tuple[Piece, ...]]
+    header: Mapping[str, Any]
     notices: tuple[str, ...]
     peak_bytes: int
     free_bytes: int
@@ -104,6 +113,11 @@ class Plan:
         return sum(piece.nbytes for pieces in self.files.values() for piece in pieces)
 
     @property
+    def layouts(self) -> dict[str, Layout]:
+        """What lies where in each output file."""
+        return dict(self.format.layouts(self.files, self.header))
+
+    @property
     def bits_per_weight(self) -> float:
         """Stored bits per weight over the whole model."""
         return self.output_bytes * 8 / max(1, sum(entry.count for entry in self.entries))
@@ -117,6 +131,21 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
+class Decision:
+    """What an allocation gives one tensor.
+
+    Attributes:
+        scheme: Its grid or plain type; None to leave it as it is stored.
+        rule: Why, in a few words.
+        asked: What it would have got if its shape allowed it, where that differs.
+    """
+
+    scheme: Scheme | None
+    rule: str
+    asked: Scheme | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """What a plan is asked for.
 
@@ -124,39 +153,51 @@ class Request:
         scheme: The grid of the quantizable linears of the blocks; None for a plain conversion.
         method: How points are chosen; None for a plain conversion.
         format: Where the output goes.
-        rules: The recipe; the first match wins over `scheme`.
+        rules: The recipe; the first match wins over `scheme` and `decisions`.
+        decisions: What a named mix gives each tensor, in place of `scheme`.
+        header: What the headers of the output's files say beside the arrays.
         dtype: What plain floating tensors become; None to keep them as stored.
         fallback: Whether a smaller group or an unquantized tensor may stand in for what was asked.
         samples: Rows of calibration text.
         length: Tokens per row.
         threads: Threads of the run, for the memory estimate.
         activation_budget: Bytes of waiting activations kept in memory.
+        shard_bytes: The largest weight file, in bytes, as far as tensors allow.
     """
 
     scheme: Scheme | None
     method: Method | None
     format: Format
     rules: Sequence[Rule] = ()
+    decisions: Mapping[str, Decision] | None = None
+    header: Mapping[str, Any] = field(default_factory=dict)
     dtype: torch.dtype | None = None
     fallback: bool = True
     samples: int = 0
     length: int = 0
     threads: int = 1
     activation_budget: int = 2**31
+    shard_bytes: int = SHARD_BYTES
 
 
-def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, request: Request, out: Path) -> Plan:
+def make_plan(checkpoint: Checkpoint, anatomy: Anatomy, request: Request, out: Path) -> Plan:
     """Returns the plan of a run.
+
+    Args:
+        checkpoint: The model under the names of the output's format.
+        anatomy: Its parts, by the same names.
+        request: What is asked for.
+        out: The output.
 
     Raises:
         UsageError: a rule matches nothing, a scheme cannot be held or chosen, or a fallback is needed and refused.
         InputError: a stored tensor has no rule, or no tensor is left to quantize.
     """
-    request, notices = _with_group(checkpoint, skeleton, request)
-    entries = _entries(checkpoint, skeleton, request)
+    request, notices = _with_group(checkpoint, anatomy, request)
+    entries = _entries(checkpoint, anatomy, request)
     _refuse(entries, request)
     notices += _engine_notices(entries, request.format)
-    files = _files(entries, request.format)
+    files = _files(entries, request, out.name)
     free = shutil.disk_usage(_existing(out)).free
     plan = Plan(
         format=request.format,
@@ -164,6 +205,7 @@ def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, request: Request, out:
         entries=entries,
         dropped=dict(checkpoint.dropped),
         files=files,
+        header=request.header,
         notices=tuple(notices),
         peak_bytes=0,
         free_bytes=free,
@@ -171,7 +213,7 @@ def make_plan(checkpoint: Checkpoint, skeleton: Skeleton, request: Request, out:
         out=out,
         source_bytes=sum(info.nbytes for info in checkpoint.tensors.values()),
     )
-    return replace(plan, peak_bytes=_peak(plan, skeleton, request))
+    return replace(plan, peak_bytes=_peak(plan, checkpoint, anatomy, request))
 
 
 def require_space(plan: Plan, already: int = 0) -> None:
@@ -199,20 +241,15 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _aliases(name: str, skeleton: Skeleton) -> tuple[str, ...]:
-    module = skeleton.linears.get(name)
-    return (name,) if module is None else (name, module)
-
-
-def _with_group(checkpoint: Checkpoint, skeleton: Skeleton, request: Request) -> tuple[Request, list[str]]:
+def _with_group(checkpoint: Checkpoint, anatomy: Anatomy, request: Request) -> tuple[Request, list[str]]:
     """Lowers the group size of the whole file where the format has only one and it does not divide every width."""
     scheme = request.scheme
     if not isinstance(scheme, AffineInt) or scheme.group_size == -1 or not request.format.one_group:
         return request, []
     widths: dict[int, str] = {}
-    for name in skeleton.linears:
+    for name in anatomy.linears:
         shape = checkpoint.tensors[name].shape
-        if len(shape) == 2 and first_match(request.rules, _aliases(name, skeleton)) is None:
+        if len(shape) == 2 and first_match(request.rules, anatomy.aliases(name)) is None:
             widths.setdefault(shape[-1], name)
     bad = [width for width in widths if width % scheme.group_size]
     if not bad:
@@ -233,50 +270,71 @@ def _with_group(checkpoint: Checkpoint, skeleton: Skeleton, request: Request) ->
     return replace(request, scheme=lowered), [f"group size {group} for the whole file: {reason}"]
 
 
-def _entries(checkpoint: Checkpoint, skeleton: Skeleton, request: Request) -> tuple[Entry, ...]:
+def _entries(checkpoint: Checkpoint, anatomy: Anatomy, request: Request) -> tuple[Entry, ...]:
     entries: list[Entry] = []
     used: set[int] = set()
+    linears = frozenset(anatomy.linears)
     for info in checkpoint.tensors.values():
-        names = _aliases(info.name, skeleton)
+        names = anatomy.aliases(info.name)
         index = first_match(request.rules, names)
         used.update(i for i, rule in enumerate(request.rules) if rule.matches(names))
         if index is not None:
-            entries.append(_by_rule(info, request.rules[index], skeleton, checkpoint, request))
-        elif info.name in skeleton.linears and request.scheme is not None:
+            entries.append(_by_rule(info, request.rules[index], anatomy, info.name in linears, request))
+        elif request.decisions is not None:
+            entries.append(_decided(info, request.decisions[info.name], request))
+        elif info.name in linears and request.scheme is not None:
             entries.append(_fit(info, request.scheme, "linear of a block", request))
         else:
-            entries.append(_kept(info, _why_kept(info, skeleton, checkpoint), request))
+            entries.append(_kept(info, anatomy.why_kept(info.name), request))
     unmatched = [rule for i, rule in enumerate(request.rules) if i not in used]
     if unmatched:
         rule = unmatched[0]
-        example = next(iter(skeleton.linears), next(iter(checkpoint.tensors))).removesuffix(".weight")
+        example = next(iter((*anatomy.linears, *checkpoint.tensors))).removesuffix(".weight")
         raise UsageError(f"{rule.origin}: pattern '{rule.pattern}' matches no tensor", f"names look like {example}")
     return tuple(entries)
 
 
-def _by_rule(info: TensorInfo, rule: Rule, skeleton: Skeleton, checkpoint: Checkpoint, request: Request) -> Entry:
+def _decided(info: TensorInfo, decision: Decision, request: Request) -> Entry:
+    """Returns the entry of a tensor as a mix has it."""
+    if decision.asked is not None and not request.fallback:
+        raise UsageError(
+            f"{info.name} cannot be {decision.asked}: {decision.asked.reject(info.shape)}",
+            f"allow {decision.scheme or 'it to be kept'} to stand in, or choose its type with --set",
+        )
+    scheme = info.scheme if decision.scheme is None else decision.scheme
+    return Entry(info.name, info.shape, info.scheme, scheme, decision.rule, decision.asked is not None)
+
+
+def _by_rule(info: TensorInfo, rule: Rule, anatomy: Anatomy, linear: bool, request: Request) -> Entry:
     origin = f"{rule.origin}: {rule.pattern}"
     if rule.scheme is None:
         return _kept(info, origin, replace(request, dtype=None))
+    if rule.wide and request.decisions is not None and (why := request.format.refuse_tensor(info.name, info.shape)):
+        # a pattern over a whole block does not mean its norms
+        return _decided(info, replace(request.decisions[info.name], rule=f"{origin} asks for more, but {why}"), request)
     if isinstance(rule.scheme, Plain):
         if not rule.scheme.holds_weights:
             raise UsageError(f"{origin}: {rule.scheme} cannot hold weights", "choose f32, f16, bf16 or keep")
         return _kept(info, origin, replace(request, dtype=rule.scheme.dtype))
-    if info.name not in skeleton.linears:
+    if not linear:
         if rule.wide:
-            _why_kept(info, skeleton, checkpoint)  # a pattern must not hide a tensor that nobody knows
+            anatomy.why_kept(info.name)  # a pattern must not hide a tensor that nobody knows
             return _kept(info, f"{origin} asks for more, but it is no linear of a block", request)
         raise UsageError(f"{origin}: {info.name} is no linear of a block", "only those can be quantized")
     return _fit(info, rule.scheme, origin, request)
 
 
 def _fit(info: TensorInfo, scheme: Scheme, rule: str, request: Request) -> Entry:
-    """Returns the entry of a tensor that shall lie on `scheme`, or is kept where it cannot."""
-    reason = scheme.reject(info.shape) or request.format.refuse_tensor(info.name, info.shape)
+    """Returns the entry of a tensor that shall lie on `scheme`, or on what stands in where it cannot."""
+    refused = request.format.refuse_tensor(info.name, info.shape)
+    reason = scheme.reject(info.shape) or refused
     if reason is None:
         return Entry(info.name, info.shape, info.scheme, scheme, rule)
     if not request.fallback:
         raise UsageError(f"{info.name} cannot be {scheme}: {reason}", "allow fallbacks, or keep it by a rule")
+    other = None if refused else request.format.stand_in(scheme, info.shape)
+    if other is not None:
+        return Entry(info.name, info.shape, info.scheme, other, f"{rule}; {other} because {reason}", fallback=True)
     return replace(_kept(info, f"kept: {reason}", request), fallback=True)
 
 
@@ -284,28 +342,12 @@ def _kept(info: TensorInfo, rule: str, request: Request) -> Entry:
     """Returns the entry of a tensor that stays off the grid: as stored, or cast where the run asks for a dtype."""
     if isinstance(info.scheme, Plain):
         floating = info.scheme.dtype.is_floating_point
-        scheme = Plain(request.dtype) if request.dtype is not None and floating else info.scheme
+        scheme: Scheme = Plain(request.dtype) if request.dtype is not None and floating else info.scheme
+    elif request.dtype is None and request.format.reject(info.scheme) is None and request.decisions is not None:
+        scheme = info.scheme  # the format holds its codes as they are
     else:
         scheme = Plain(request.dtype or torch.bfloat16)
     return Entry(info.name, info.shape, info.scheme, scheme, rule)
-
-
-def _why_kept(info: TensorInfo, skeleton: Skeleton, checkpoint: Checkpoint) -> str:
-    """Returns the named rule under which a tensor is copied.
-
-    Raises:
-        InputError: no rule knows it.
-    """
-    if info.name in skeleton.linears:
-        return "converted"
-    if info.name not in skeleton.unused:
-        return skeleton.role(info.name)
-    if skeleton.ignores(info.name):
-        return "copied: not part of the language model in transformers"
-    raise InputError(
-        f"{checkpoint.path}: tensor '{info.name}' belongs to no module and no rule",
-        f"to copy it as it is: --set '{info.name}=keep'",
-    )
 
 
 def _refuse(entries: Sequence[Entry], request: Request) -> None:
@@ -341,42 +383,43 @@ def _engine_notices(entries: Sequence[Entry], target: Format) -> list[str]:
     return [f"vLLM fuses {' and '.join(mixed[0])} and wants them alike ({len(mixed)} such groups)"]
 
 
-def _files(entries: Sequence[Entry], target: Format) -> dict[str, tuple[Piece, ...]]:
-    """Returns the arrays of each shard; tensors stay in order and whole."""
+def _files(entries: Sequence[Entry], request: Request, out: str) -> dict[str, tuple[Piece, ...]]:
+    """Returns the arrays of each weight file; tensors stay in order and whole."""
     shards: list[list[Piece]] = [[]]
     size = 0
     for entry in entries:
-        pieces = target.pieces(entry.name, entry.shape, entry.scheme)
+        pieces = request.format.pieces(entry.name, entry.shape, entry.scheme)
         nbytes = sum(piece.nbytes for piece in pieces)
-        if size and size + nbytes > _SHARD_BYTES:
+        if size and size + nbytes > request.shard_bytes:
             shards.append([])
             size = 0
         shards[-1] += pieces
         size += nbytes
-    if len(shards) == 1:
-        return {"model.safetensors": tuple(shards[0])}
-    count = len(shards)
-    return {f"model-{i:05}-of-{count:05}.safetensors": tuple(s) for i, s in enumerate(shards, 1)}
+    names = request.format.file_names(out, len(shards))
+    return {name: tuple(shard) for name, shard in zip(names, shards, strict=True)}
 
 
-def _peak(plan: Plan, skeleton: Skeleton, request: Request) -> int:
+def _peak(plan: Plan, checkpoint: Checkpoint, anatomy: Anatomy, request: Request) -> int:
     """Returns the estimated peak of anonymous memory, in bytes."""
+    if request.format.single_file and (request.method is None or not request.method.calibrates):
+        return _BASE_BYTES + (request.threads + 2) * _RUN_BYTES
     largest = max((entry.count for entry in plan.quantized), default=0)
     if request.method is None or not request.method.calibrates:
         return _BASE_BYTES + 10 * largest + _SLACK_BYTES
     blocks: dict[str, int] = {}
     widths: dict[str, dict[str, int]] = {}
     for entry in plan.entries:
-        block = skeleton.block_of(skeleton.linears.get(entry.name, entry.name))
+        block = anatomy.block_of(entry.name)
         if block is not None:
             blocks[block] = blocks.get(block, 0) + entry.count
             if entry.quantized:
                 widths.setdefault(block, {})[str(entry.shape[-1])] = entry.shape[-1]
     weights = 4 * max(blocks.values(), default=0)
     hessians = max((4 * sum(w * w for w in per.values()) for per in widths.values()), default=0)
-    hidden: int = skeleton.model.config.get_text_config().hidden_size
+    text = checkpoint.config.get("text_config") or checkpoint.config
+    widest = max((max(per.values()) for per in widths.values()), default=0)
+    hidden: int = text.get("hidden_size", widest)
     waiting = min(request.activation_budget, 4 * hidden * request.samples * request.length)
-    widest = max((max(per.values()) for per in widths.values()), default=hidden)
     passing = request.threads * 4 * widest * 6 * max(request.length, 2048)
     return _BASE_BYTES + 2 * weights + (request.threads + 1) * hessians + waiting + passing + _SLACK_BYTES
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from quantize.errors import InputError, UsageError, unknown_name
 from quantize.formats import Format
 from quantize.formats import table as format_table
+from quantize.formats.gguf.mixes import Mix, find_mix
+from quantize.kernels.cpu.ggml import ENCODERS
 from quantize.methods import table as method_table
-from quantize.schemes import AffineInt, Plain, Scheme, parse_scheme
+from quantize.schemes import AffineInt, GGMLBlock, Plain, Scheme, parse_scheme
 
 # Methods and formats of the plan that do not stand yet: named so that the answer is not "unknown".
 _TO_COME = ("gptq", "awq+gptq", "exl2", "fp8")
@@ -22,15 +24,17 @@ class Choice:
 
     Attributes:
         method: Name of the method.
-        scheme: The grid of the linears.
+        scheme: The grid of the linears; None where a mix says it for each tensor.
         format: Name of the format.
         suffix: What the output's name gets.
+        mix: llama.cpp's named mix, or None.
     """
 
     method: str
-    scheme: Scheme
+    scheme: Scheme | None
     format: str
     suffix: str
+    mix: Mix | None = None
 
 
 def choose(
@@ -50,7 +54,12 @@ def choose(
             raise UsageError(f"format {target} holds quantized tensors: say how", "try --method awq --bits 4")
         raise UsageError("neither --method nor --type was given", "try --method awq --bits 4, or --type Q4_K_M")
     if type_ is not None:
-        raise InputError(f"--type {type_}: GGUF cannot be written yet", f"formats that can: {_writable(known)}")
+        if target not in (None, "gguf"):
+            raise UsageError(f"--type {type_} is a GGUF type, not one of format {target}", "drop --format or --type")
+        if method not in (None, "rtn"):
+            raise InputError(f"--method {method} cannot choose points of GGUF types yet", "drop --method")
+        mix = find_mix(type_)
+        return Choice("rtn", None, "gguf", f"-{mix.name}", mix)
     if method not in methods:
         if method in _TO_COME:
             raise InputError(f"--method {method} does not stand yet", f"methods that do: {', '.join(methods)}")
@@ -62,8 +71,10 @@ def choose(
     target = target or holders[0]
     reason = known[target].reject(scheme) if target in known else "it does not stand yet"
     if reason is not None:
-        accept = ", ".join(holders) or "none yet"
-        raise InputError(f"format {target} cannot hold {scheme}: {reason}", f"formats that accept it: {accept}")
+        accept = f"formats that accept it: {', '.join(holders) or 'none yet'}"
+        raise InputError(
+            f"format {target} cannot hold {scheme}: {reason}", "try --type Q4_K_M" if target == "gguf" else accept
+        )
     return Choice(str(method), scheme, target, suffix(str(method), scheme, target))
 
 
@@ -88,11 +99,8 @@ def written(target: Format) -> list[str]:
 
 
 def _grids() -> list[Scheme]:
-    return [AffineInt(bits, 128, symmetric) for bits in range(2, 9) for symmetric in (False, True)]
-
-
-def _writable(known: Mapping[str, Format]) -> str:
-    return ", ".join(name for name, target in known.items() if written(target))
+    affine: list[Scheme] = [AffineInt(bits, 128, symmetric) for bits in range(2, 9) for symmetric in (False, True)]
+    return [*affine, *(GGMLBlock(name) for name in ENCODERS)]
 
 
 def matrix() -> list[dict[str, object]]:

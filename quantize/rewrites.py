@@ -168,9 +168,9 @@ class MergedCheckpoint:
         """Returns the base's file."""
         return self._base.file(name)
 
-    def read_coded(self, name: str) -> QuantizedTensor | None:
-        """Returns the tensor on its own grid where no adapter changes it."""
-        return self._base.read_coded(name) if self.tensors[name] is self._base.tensors[name] else None
+    def read_coded(self, name: str, start: int = 0, stop: int | None = None) -> QuantizedTensor | None:
+        """Returns rows of a tensor on its own grid where no adapter changes it."""
+        return self._base.read_coded(name, start, stop) if self.tensors[name] is self._base.tensors[name] else None
 
     @staticmethod
     def _plain(info: TensorInfo) -> TensorInfo:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from quantize.errors import InputError, UsageError
+from quantize.errors import UsageError
 from quantize.kernels import affine
+from quantize.kernels.cpu import ggml
 
 Shape = tuple[int, ...]
 
@@ -39,8 +39,13 @@ class Scheme(Protocol):
     def reject(self, shape: Shape) -> str | None:
         """Returns why a tensor of `shape` cannot lie on this grid, or None when it can."""
 
-    def encode(self, weight: Tensor) -> QuantizedTensor:
-        """Returns float `weight` rounded to the nearest points of a grid fitted to it; `weight` is not changed."""
+    def encode(self, weight: Tensor, importance: Tensor | None = None) -> QuantizedTensor:
+        """Returns float `weight` rounded to points of a grid fitted to it; `weight` is not changed.
+
+        Args:
+            weight: `[..., in_features]`.
+            importance: Mean square of each input column, float32 `[in_features]`, for grids that weigh errors by it.
+        """
 
     def decode(self, coded: QuantizedTensor) -> Tensor:
         """Returns the float32 values of `coded`, which must be of this scheme."""
@@ -126,7 +131,7 @@ class Plain:
         """Returns None: every shape can be stored plainly."""
         return None
 
-    def encode(self, weight: Tensor) -> QuantizedTensor:
+    def encode(self, weight: Tensor, importance: Tensor | None = None) -> QuantizedTensor:
         """Returns `weight` cast to `dtype`, round to nearest even."""
         return QuantizedTensor(self, tuple(weight.shape), {"values": weight.to(self.dtype).contiguous()})
 
@@ -186,7 +191,7 @@ class AffineInt:
             return f"its width {shape[-1]} is no multiple of the group size {self.group_size}"
         return None
 
-    def encode(self, weight: Tensor) -> QuantizedTensor:
+    def encode(self, weight: Tensor, importance: Tensor | None = None) -> QuantizedTensor:
         """Returns `weight` `[rows, cols]` rounded on grids that just hold each group's extremes and zero."""
         low, high = affine.extremes(weight.float(), self.group(weight.shape[-1]))
         return self.encode_within(weight, low, high)
@@ -215,7 +220,7 @@ class AffineInt:
 
 @dataclass(frozen=True, slots=True)
 class GGMLBlock:
-    """A block grid of GGML, as GGUF files hold it: sizes and decoding come from the gguf package.
+    """A block grid of GGML, as GGUF files hold it.
 
     A coded tensor of shape `[..., cols]` has one array, `blocks`: uint8 `[..., cols // block * block_bytes]`,
     the blocks of each row back to back as in the file.
@@ -227,8 +232,9 @@ class GGMLBlock:
     type: str
 
     def __post_init__(self) -> None:
-        if self.type not in _ggml_types():
-            raise UsageError(f"'{self.type}' is no GGML type", f"choose from: {', '.join(_ggml_types())}")
+        if self.type not in ggml.BLOCKS or ggml.BLOCKS[self.type].weights == 1:
+            known = ", ".join(name for name, block in ggml.BLOCKS.items() if block.weights > 1)
+            raise UsageError(f"'{self.type}' is no GGML type", f"choose from: {known}")
 
     def __str__(self) -> str:
         return self.type
@@ -236,12 +242,12 @@ class GGMLBlock:
     @property
     def block(self) -> int:
         """Weights of a block (32 to 256): they share a scale, super-blocks one scale of scales."""
-        return _ggml_types()[self.type][0]
+        return ggml.BLOCKS[self.type].weights
 
     @property
     def block_bytes(self) -> int:
         """Bytes of a block."""
-        return _ggml_types()[self.type][1]
+        return ggml.BLOCKS[self.type].nbytes
 
     @property
     def unit(self) -> int:
@@ -259,32 +265,24 @@ class GGMLBlock:
             return f"its width {width} is no multiple of the block size {self.block} of {self.type}"
         return None
 
-    def encode(self, weight: Tensor) -> QuantizedTensor:
-        """Raises UsageError: there are no encoders yet."""
-        raise UsageError(f"{self.type} cannot be written yet", "choose an integer scheme such as int4-g128")
-
-    def decode(self, coded: QuantizedTensor) -> Tensor:
-        """Returns the float32 values.
+    def encode(self, weight: Tensor, importance: Tensor | None = None) -> QuantizedTensor:
+        """Returns `weight` `[..., cols]` rounded as llama.cpp does, byte for byte.
 
         Raises:
-            InputError: the installed gguf package knows the type but cannot decode it.
+            UsageError: the type needs importance and there is none.
         """
-        from gguf import GGMLQuantizationType, dequantize
+        if importance is None and self.type in ggml.NEEDS_IMPORTANCE:
+            raise UsageError(f"{self.type} cannot be made without importance", "let it be gathered: --imatrix auto")
+        rows = weight.float().reshape(-1, weight.shape[-1]).numpy()
+        blocks = ggml.encode(self.type, rows, None if importance is None else importance.float().numpy())
+        blocks = blocks.reshape(*weight.shape[:-1], -1)
+        return QuantizedTensor(self, tuple(weight.shape), {"blocks": torch.from_numpy(blocks)})
 
-        try:
-            values = dequantize(coded.arrays["blocks"].numpy(), GGMLQuantizationType[self.type.upper()])
-        except NotImplementedError:
-            message = f"this version of the gguf package cannot decode {self.type}"
-            raise InputError(message, "pip install -U gguf") from None
+    def decode(self, coded: QuantizedTensor) -> Tensor:
+        """Returns the float32 values."""
+        blocks = coded.arrays["blocks"]
+        values = ggml.decode(self.type, blocks.reshape(-1, blocks.shape[-1]).numpy())
         return torch.from_numpy(values).reshape(coded.shape)
-
-
-@cache
-def _ggml_types() -> dict[str, tuple[int, int]]:
-    """The block grids that the gguf package knows: name to weights and bytes of a block."""
-    from gguf import GGML_QUANT_SIZES  # here, because it takes longer to import than most commands to answer
-
-    return {t.name.lower(): (block, size) for t, (block, size) in GGML_QUANT_SIZES.items() if block > 1}
 
 
 def _affine(match: re.Match[str]) -> Scheme:
@@ -327,7 +325,7 @@ FAMILIES = (
         r"i?q\d_\w+|tq\d_0|(mx|nv)fp4",
         lambda match: GGMLBlock(match[0]),
         ("q4_k", "q8_0", "iq2_xs"),
-        "llama.cpp's blocks; read only so far",
+        "llama.cpp's blocks",
     ),
 )
 

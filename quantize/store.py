@@ -134,7 +134,7 @@ class StatisticsFile:
 
     def _finish(self, file: BinaryIO, room: int, metadata: Mapping[str, str]) -> None:
         """Writes the header into the room before the arrays, padded with spaces."""
-        header, _, _ = layout(self._pieces, {**metadata, "blocks": json.dumps(self._blocks)})
+        header = layout(self._pieces, {**metadata, "blocks": json.dumps(self._blocks)}).header
         assert len(header) <= 8 + room, (len(header), room)
         file.seek(0)
         file.write(room.to_bytes(8, "little") + header[8:].ljust(room))

@@ -1,6 +1,7 @@
-"""The output folder: header first, arrays at their offsets in any order, a journal, and the final name by rename.
+"""The output: header first, arrays at their offsets in any order, a journal, and the final name by rename.
 
-Work goes to `<out>.partial/`. The journal there holds one line with the fingerprint of model, data and settings and
+An output is a folder, or one file (with its parts and its report beside it), as the format wants it. Work goes to
+`<out>.partial/`. The journal there holds one line with the fingerprint of model, data and settings and
 then one line for each array that is safely on disk, with its checksum. A run with the same fingerprint continues there.
 """
 
@@ -20,8 +21,8 @@ from typing import Any
 from torch import Tensor
 
 from quantize.errors import InputError, ResourceError, UsageError, VerificationError, system_errors
-from quantize.formats.base import Piece
-from quantize.formats.container import layout, tensor_bytes, write_all
+from quantize.formats.base import Layout
+from quantize.formats.container import tensor_bytes, write_all
 
 # The report in an output: a folder with it is ours, and it lists the files that we put there.
 REPORT = "quantize.json"
@@ -37,8 +38,14 @@ def partial_path(out: Path) -> Path:
     return out.with_name(f"{out.name}.partial")
 
 
-def check_target(out: Path, sources: Iterable[Path], overwrite: bool) -> None:
+def check_target(out: Path, sources: Iterable[Path], overwrite: bool, files: Iterable[str] = ()) -> None:
     """Refuses an output path that exists, that is or holds an input, or that holds anything that is not ours.
+
+    Args:
+        out: The output.
+        sources: All inputs.
+        overwrite: Whether an older output may be replaced.
+        files: Names of the files that stand beside each other as the output; empty where it is a folder.
 
     Raises:
         UsageError: naming the path and the way out.
@@ -49,6 +56,9 @@ def check_target(out: Path, sources: Iterable[Path], overwrite: bool) -> None:
             raise UsageError(f"{out}: output and input are the same", "choose another --out")
         if out.resolve() in source.resolve().parents:
             raise UsageError(f"{out}: the input {source} lies inside it", "choose another --out")
+    if files:
+        _check_files([out.with_name(name) for name in files], list(sources), overwrite)
+        return
     if not out.exists() and not out.is_symlink():
         return
     if not overwrite:
@@ -58,6 +68,18 @@ def check_target(out: Path, sources: Iterable[Path], overwrite: bool) -> None:
         raise UsageError(
             f"{out}: holds {foreign}, which quantize did not write", "move it away, or choose another --out"
         )
+
+
+def _check_files(outs: Iterable[Path], sources: Iterable[Path], overwrite: bool) -> None:
+    for out in outs:
+        if out.is_dir():
+            raise UsageError(f"{out}: is a folder", "name the file with --out")
+        if not out.exists() and not out.is_symlink():
+            continue
+        if any(source.is_file() and out.exists() and out.samefile(source) for source in sources):
+            raise UsageError(f"{out}: output and input are the same", "choose another --out")
+        if not overwrite:
+            raise UsageError(f"{out}: exists already", "say --overwrite, or choose another --out")
 
 
 def _foreign(out: Path) -> str | None:
@@ -73,7 +95,8 @@ def _foreign(out: Path) -> str | None:
 
 
 def tidy(out: Path) -> None:
-    """Removes what a run that was killed while it gave `out` its name left behind: its journal, the older output."""
+    """Ends what a run that was killed while it gave `out` its name left behind: its journal, the older output."""
+    _move_rest(out)
     journal = out / JOURNAL
     if not journal.is_file():
         return
@@ -82,6 +105,20 @@ def tidy(out: Path) -> None:
         if name in _spares(out):  # a journal that came with someone's folder must not name anything else
             _remove(out.with_name(name))
     journal.unlink()
+
+
+def _move_rest(out: Path) -> None:
+    """Gives the files of a complete output of several files the names that a killed run had begun to give."""
+    folder = partial_path(out)
+    journal = folder / JOURNAL
+    if not journal.is_file():
+        return
+    for entry in _entries(journal.read_bytes()):
+        if isinstance(entry.get("moving"), list):
+            for name in (Path(str(name)).name for name in entry["moving"]):
+                if (folder / name).is_file():
+                    (folder / name).replace(out.with_name(name))
+            shutil.rmtree(folder)
 
 
 def _spares(out: Path) -> list[str]:
@@ -114,10 +151,11 @@ class OutputFolder:
     """One output in the making.
 
     Args:
-        out: The final folder.
-        files: Arrays of each safetensors file, in order.
+        out: The final folder, or the final (first) file.
+        files: What lies where in each weight file, by file name.
         fingerprint: Hash of everything that decides the bytes.
         restart: Whether to drop an unfinished run instead of continuing it.
+        loose: Whether the output is its files, side by side in the folder of `out`, and no folder of its own.
 
     Raises:
         UsageError: `<out>.partial` is not ours, or another run is at work in it.
@@ -125,8 +163,11 @@ class OutputFolder:
         ResourceError: the disk is full; nothing is left behind then, but what an earlier run had done.
     """
 
-    def __init__(self, out: Path, files: Mapping[str, tuple[Piece, ...]], fingerprint: str, restart: bool) -> None:
+    def __init__(
+        self, out: Path, files: Mapping[str, Layout], fingerprint: str, restart: bool, loose: bool = False
+    ) -> None:
         self.out = out
+        self._loose = loose
         self.path = partial_path(out)
         self.records: dict[str, dict[str, Any]] = {}
         self._files = files
@@ -144,8 +185,8 @@ class OutputFolder:
                 found = not restart and self._resume(fingerprint)
                 if not found:
                     self._begin(fingerprint)
-                for name, pieces in files.items():
-                    self._lay_out(name, pieces)
+                for name, layout in files.items():
+                    self._lay_out(name, layout)
                 self._drop_broken()
         except ResourceError:
             self.close() if found else self.discard()
@@ -158,7 +199,7 @@ class OutputFolder:
     def reserved_bytes(out: Path) -> int:
         """Returns the bytes that an unfinished run of `out` holds on disk already."""
         folder = partial_path(out)
-        return sum(f.stat().st_blocks * 512 for f in folder.glob("*.safetensors")) if folder.is_dir() else 0
+        return sum(f.stat().st_blocks * 512 for f in folder.iterdir() if f.is_file()) if folder.is_dir() else 0
 
     @property
     def done(self) -> Set[str]:
@@ -217,8 +258,8 @@ class OutputFolder:
         """Returns the text of the shard index, or None when there is one file."""
         if len(self._files) == 1:
             return None
-        total = sum(piece.nbytes for pieces in self._files.values() for piece in pieces)
-        table = {piece.name: file for file, pieces in self._files.items() for piece in pieces}
+        total = sum(nbytes for layout in self._files.values() for _, nbytes in layout.where.values())
+        table = {name: file for file, layout in self._files.items() for name in layout.where}
         value = {"metadata": {"total_size": total}, "weight_map": table}
         return json.dumps(value, indent=2, sort_keys=True) + "\n"
 
@@ -245,9 +286,12 @@ class OutputFolder:
                 if file.is_file() or file.is_dir():
                     _sync(file)
         try:
-            if overwrite and (self.out.exists() or self.out.is_symlink()):
-                self._set_aside()
-            self.path.rename(self.out)
+            if self._loose:
+                self._move_files()
+            else:
+                if overwrite and (self.out.exists() or self.out.is_symlink()):
+                    self._set_aside()
+                self.path.rename(self.out)
             _sync(self.out.parent)
         except OSError as error:
             raise ResourceError(
@@ -270,6 +314,15 @@ class OutputFolder:
         """Closes and removes the unfinished folder."""
         shutil.rmtree(self.path, ignore_errors=True)
         self.close()
+
+    def _move_files(self) -> None:
+        """Gives every file its final name, the one that engines open last; the journal lets the next run end this."""
+        names = sorted(file.name for file in self.path.iterdir() if file.name != JOURNAL)
+        names.sort(key=lambda name: name == self.out.name)
+        self._note({"moving": names})
+        for name in names:
+            (self.path / name).replace(self.out.with_name(name))
+        shutil.rmtree(self.path)
 
     def _set_aside(self) -> None:
         """Gives an older output another name, which the journal knows: the next run removes it if this one cannot."""
@@ -328,15 +381,13 @@ class OutputFolder:
                 self._sums[entry["done"]] = entry["crc32"]
         return True
 
-    def _lay_out(self, name: str, pieces: tuple[Piece, ...]) -> None:
+    def _lay_out(self, name: str, layout: Layout) -> None:
         """Writes the header and reserves the space of all arrays, so that a full disk shows now."""
-        header, offsets, size = layout(pieces, {"format": "pt"})
         descriptor = os.open(self.path / name, os.O_RDWR | os.O_CREAT, 0o644)
         self._open[name] = descriptor
-        _reserve(descriptor, size)
-        write_all(descriptor, header, 0)
-        for piece in pieces:
-            self._where[piece.name] = (name, offsets[piece.name], piece.nbytes)
+        _reserve(descriptor, layout.size)
+        write_all(descriptor, layout.header, 0)
+        self._where.update((array, (name, offset, nbytes)) for array, (offset, nbytes) in layout.where.items())
 
     def _drop_broken(self) -> None:
         """Forgets arrays whose bytes on disk are not those that the journal speaks of."""

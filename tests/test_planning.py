@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 import quantize
-from quantize import planning
 from quantize.errors import InputError, ResourceError, UsageError
 from quantize.formats import container, folder
 from quantize.formats.base import Piece
@@ -373,20 +372,17 @@ def test_dropped_buffers_are_in_the_plan(tmp_path: Path) -> None:
 # Files, notices, resources
 
 
-def test_shards(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "_SHARD_BYTES", 50_000)
-    found = plan(model)
+def test_shards(model: Path, tmp_path: Path) -> None:
+    found = plan(model, split_size=50_000)
     count = len(found.files)
     assert count > 2
     assert list(found.files) == [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
     sizes = [sum(piece.nbytes for piece in pieces) for pieces in found.files.values()]
     assert all(size <= 50_000 or len(pieces) <= 3 for size, pieces in zip(sizes, found.files.values(), strict=True))
     order = [piece.name for pieces in found.files.values() for piece in pieces]
-    monkeypatch.undo()
     assert order == [piece.name for piece in next(iter(plan(model).files.values()))]
     whole = quantize.run(model, method="rtn", group_size=32, out=tmp_path / "whole" / "Out")
-    monkeypatch.setattr(planning, "_SHARD_BYTES", 50_000)
-    quantize.run(model, method="rtn", group_size=32, out=tmp_path / "Out")
+    quantize.run(model, method="rtn", group_size=32, split_size=50_000, out=tmp_path / "Out")
     one, many = quantize.open(whole.out), quantize.open(tmp_path / "Out")
     assert one.tensors.keys() == many.tensors.keys()
     assert all(torch.equal(one.read(name), many.read(name)) for name in one.tensors)
@@ -395,9 +391,8 @@ def test_shards(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert sorted(index["weight_map"]) == sorted(order)
 
 
-def test_parts_of_a_tensor_share_a_shard(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "_SHARD_BYTES", 1)
-    files = plan(model).files
+def test_parts_of_a_tensor_share_a_shard(model: Path) -> None:
+    files = plan(model, split_size=1).files
     assert len(files) == 21
     for pieces in files.values():
         assert len({piece.name.rpartition(".")[0] for piece in pieces}) == 1

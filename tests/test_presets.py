@@ -38,11 +38,10 @@ def test_choices(arguments: tuple[object, ...], scheme: AffineInt, target: str, 
         (("rtn", 4, None, False, "exl2", None), InputError, "format exl2 cannot hold int4-g128"),
         (("rtn", 4, None, False, "hf", None), InputError, "format hf cannot hold int4-g128"),
         (("rtn", 4, 256, False, "awq", None), InputError, "group sizes 16, 32, 64, 128 and -1"),
-        (
-            (None, None, None, False, None, "Q4_K_M"),
-            InputError,
-            "GGUF cannot be written yet (formats that can: awq, hf)",
-        ),
+        (("rtn", 4, None, False, "gguf", None), InputError, "format gguf cannot hold int4-g128"),
+        ((None, None, None, False, "awq", "Q4_K_M"), UsageError, "Q4_K_M is a GGUF type, not one of format awq"),
+        (("awq", None, None, False, None, "Q4_K_M"), InputError, "--method awq cannot choose points of GGUF types yet"),
+        ((None, None, None, False, None, "Q4_K_N"), UsageError, "did you mean 'Q4_K_S'"),
     ],
 )
 def test_refusals(arguments: tuple[object, ...], kind: type[Exception], said: str) -> None:
@@ -54,7 +53,7 @@ def test_refusals(arguments: tuple[object, ...], kind: type[Exception], said: st
 
 def test_the_matrix_is_what_methods_and_formats_answer() -> None:
     rows = matrix()
-    assert {(row["method"], row["format"]) for row in rows} == {("rtn", "awq"), ("awq", "awq")}
+    assert {(row["method"], row["format"]) for row in rows} == {("rtn", "awq"), ("awq", "awq"), ("rtn", "gguf")}
     for row in rows:
         schemes = row["schemes"]
         assert isinstance(schemes, list)
@@ -64,6 +63,7 @@ def test_the_matrix_is_what_methods_and_formats_answer() -> None:
 
 
 def test_what_formats_can_write() -> None:
-    assert written(formats.FORMATS["gguf"]) == []
+    assert {"q4_k", "iq2_xs", "q8_0", "f32", "f16", "bf16"} <= set(written(formats.FORMATS["gguf"]))
+    assert not any(name.startswith("int") for name in written(formats.FORMATS["gguf"]))
     assert written(formats.FORMATS["hf"]) == ["f32", "f16", "bf16"]
     assert "int4-g128" in written(formats.FORMATS["awq"])

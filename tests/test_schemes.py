@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantize import schemes
-from quantize.errors import QuantizeError, UsageError
+from quantize.errors import UsageError
 from quantize.formats.awq import AWQFormat
+from quantize.kernels.cpu.ggml import BLOCKS
 from quantize.schemes import AffineInt, GGMLBlock, Plain, QuantizedTensor, Scheme, parse_scheme
 
 GROUPS = st.sampled_from([-1, 8, 16, 32, 64, 128])
@@ -18,9 +19,7 @@ PLAIN = [Plain(dtype) for dtype in schemes.DTYPES.values()]
 
 
 def block_grids() -> list[Scheme]:
-    from gguf import GGML_QUANT_SIZES
-
-    return [GGMLBlock(t.name.lower()) for t, (block, _) in GGML_QUANT_SIZES.items() if block > 1]
+    return [GGMLBlock(name) for name, block in BLOCKS.items() if block.weights > 1]
 
 
 @given(AFFINE)
@@ -175,13 +174,15 @@ def test_plain_rounds_to_nearest_even(dtype: torch.dtype) -> None:
     assert coded.dequantize().dtype == torch.float32
 
 
-def test_block_grids_decode_and_do_not_encode() -> None:
+def test_block_grids_code_and_decode() -> None:
     # one q4_0 block by hand: scale 0.5, low nibbles 0..15 count up from -8, high nibbles are all 8
     block = torch.tensor([*b"\x00\x38", *(0x80 | i for i in range(16))], dtype=torch.uint8).unsqueeze(0)
     coded = QuantizedTensor(GGMLBlock("q4_0"), (1, 32), {"blocks": block})
     assert coded.dequantize().tolist() == [[0.5 * (i - 8) for i in range(16)] + [0.0] * 16]
-    with pytest.raises(QuantizeError, match="q4_0 cannot be written yet"):
-        GGMLBlock("q4_0").encode(torch.zeros(1, 32))
+    again = GGMLBlock("q4_0").encode(coded.dequantize())
+    assert torch.equal(again.arrays["blocks"], block)
+    with pytest.raises(UsageError, match="iq2_xs cannot be made without importance"):
+        GGMLBlock("iq2_xs").encode(torch.zeros(1, 256))
     with pytest.raises(UsageError, match="'q9_z' is no GGML type"):
         GGMLBlock("q9_z")
 

@@ -22,6 +22,7 @@ from torch import Tensor
 import quantize
 from quantize.errors import InputError, ResourceError, UsageError, VerificationError
 from quantize.formats.base import Piece
+from quantize.formats.container import layout
 from quantize.writer import JOURNAL, REPORT, OutputFolder, check_target, partial_path, tidy
 
 TENSORS: dict[str, dict[str, Tensor]] = {
@@ -33,7 +34,7 @@ TENSORS: dict[str, dict[str, Tensor]] = {
     "model-00002-of-00002.safetensors": {"c": torch.linspace(0, 9, 30).reshape(3, 10), "scalar": torch.tensor(2.5)},
 }
 FILES = {
-    file: tuple(Piece(name, value.dtype, tuple(value.shape)) for name, value in tensors.items())
+    file: layout([Piece(name, value.dtype, tuple(value.shape)) for name, value in tensors.items()], {"format": "pt"})
     for file, tensors in TENSORS.items()
 }
 NAMES = [*FILES, "side.txt", "deep/side.txt", "config.json", REPORT, "model.safetensors.index.json"]
@@ -107,7 +108,9 @@ def test_a_finished_folder(source: Path, tmp_path: Path) -> None:
         assert all(torch.equal(loaded[name], value) for name, value in tensors.items())
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert index["weight_map"] == {name: file for file, tensors in TENSORS.items() for name in tensors}
-    assert index["metadata"]["total_size"] == sum(piece.nbytes for pieces in FILES.values() for piece in pieces)
+    assert index["metadata"]["total_size"] == sum(
+        nbytes for place in FILES.values() for _, nbytes in place.where.values()
+    )
     assert (out / "config.json").read_text() == '["a", "b", "c", "empty", "scalar"]'
     assert (out / "deep" / "side.txt").read_bytes() == b"tokens\r\n"
     assert names(tmp_path / "new") == ["Out"]

@@ -12,6 +12,8 @@ _EXAMPLES = """
 quantize convert model-Q4_1.gguf --format hf --out Model
 quantize convert Model-AWQ --format hf --dtype f16
 quantize convert Model --format hf --adapter my-lora:0.5
+quantize convert Model --format gguf --dtype f16
+quantize convert model-00001-of-00003.gguf --format gguf --out model.gguf
 """
 
 
@@ -21,6 +23,7 @@ quantize convert Model --format hf --adapter my-lora:0.5
     "--format", "--to", "format", default="hf", show_default=True, metavar="NAME", help="Format of the output."
 )
 @options.OUTPUT
+@options.GGUF_OUTPUT
 @options.RULES
 @options.adapter
 @options.assume_tied

@@ -42,6 +42,12 @@ PEERS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("--reference", "--base-model", "--ref"), ("--base",)),
     **dict.fromkeys(("--nthreads", "--n-threads", "--jobs"), ("--threads",)),
     **dict.fromkeys(("--lora", "--lora-path"), ("--adapter",)),
+    **dict.fromkeys(("--output-tensor-type",), ("--output-type",)),
+    **dict.fromkeys(("--token-embedding-type",), ("--embedding-type",)),
+    **dict.fromkeys(("--tensor-type-file", "--custom-q"), ("--tensor-type",)),
+    **dict.fromkeys(("--split-max-size", "--max-shard-size"), ("--split-size",)),
+    **dict.fromkeys(("--allow-requantize",), ("--requantize",)),
+    **dict.fromkeys(("--vocab-type", "--pre-tokenizer"), ("--pre",)),
     "--symmetric": ("--sym",),
     "--force": ("--overwrite",),
 }  # fmt: skip
@@ -158,12 +164,38 @@ GRID = together(
     click.option("--format", metavar="NAME", help="Format of the output.  [default: the method's own]"),
 )
 
+GGUF = together(
+    click.option(
+        "--imatrix", metavar="auto|FILE|none",
+        help="Importance for --type: gathered where types need it, llama.cpp's file, or none.  [default: auto]",
+    ),
+    click.option("--pure", is_flag=True, help="Give every tensor the mix's base type."),
+    click.option("--output-type", metavar="TYPE", help="GGUF type of the output matrix."),
+    click.option("--embedding-type", metavar="TYPE", help="GGUF type of the token embedding."),
+    click.option(
+        "--tensor-type", "tensor_types", multiple=True, metavar="REGEX=TYPE|FILE",
+        help="GGUF types of tensors, as llama.cpp spells them; a file of such lines, or a GGUF file to take them from.",
+    ),
+)  # fmt: skip
+
+GGUF_OUTPUT = together(
+    click.option("--arch", metavar="NAME", help="GGUF's name of the architecture, for a class that is not known."),
+    click.option("--pre", metavar="NAME", help="llama.cpp's name of how the tokenizer splits text."),
+    click.option("--ollama", is_flag=True, help="Write a Modelfile for Ollama beside the GGUF file."),
+    click.option(
+        "--split-size", type=byte_count, metavar="SIZE",
+        help="Largest weight file, such as 2GB.  [default: 5GB; one file for GGUF]",
+    ),
+)  # fmt: skip
+
 RULES = together(
     click.option(
         "--set", multiple=True, metavar="PATTERN=SCHEME",
         help="Scheme of the tensors that match; repeatable, first wins.",
     ),
-    click.option("--recipe", metavar="FILE", help="YAML file of such rules; --set goes before them."),
+    click.option(
+        "--recipe", metavar="FILE", help="YAML file of such rules, after --set; or a GGUF file whose types to take."
+    ),
 )  # fmt: skip
 
 CALIBRATION = together(
@@ -186,7 +218,9 @@ CALIBRATION = together(
 RUN = together(
     model,
     GRID,
+    GGUF,
     OUTPUT,
+    GGUF_OUTPUT,
     RULES,
     CALIBRATION,
     click.option(

@@ -13,6 +13,8 @@ quantize run path/or/hub-id --method awq --bits 4
 quantize run Model --method rtn --bits 4 --group-size 64 --set '*.down_proj=keep'
 quantize run Model --method awq --calib chats.jsonl --calib hub:NAME --out Model-AWQ
 quantize run Model --method awq --dry-run
+quantize run Model --type Q4_K_M
+quantize run Model --type IQ3_XXS --calib notes.txt --imatrix model.imatrix.gguf
 """
 
 

@@ -35,12 +35,12 @@ def random_bits(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor
 def write(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Writes with our own layout, the arrays in reverse order."""
     pieces = [Piece(name, value.dtype, tuple(value.shape)) for name, value in tensors.items()]
-    header, offsets, size = layout(pieces, metadata or {})
+    place = layout(pieces, metadata or {})
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-    os.truncate(descriptor, size)
-    write_all(descriptor, header, 0)
+    os.truncate(descriptor, place.size)
+    write_all(descriptor, place.header, 0)
     for name, value in reversed(list(tensors.items())):
-        write_all(descriptor, tensor_bytes(value), offsets[name])
+        write_all(descriptor, tensor_bytes(value), place.where[name][0])
     os.close(descriptor)
 
 
@@ -127,11 +127,11 @@ def test_odd_sizes_do_not_misalign_what_follows(tmp_path: Path) -> None:
 
 def test_aligned_pieces_keep_their_order() -> None:
     pieces = [Piece("b", torch.bfloat16, (4,)), Piece("a", torch.int32, (2,)), Piece("c", torch.bfloat16, (1,))]
-    header, offsets, size = layout(pieces, {})
-    assert list(offsets) == ["b", "a", "c"]
-    assert len(header) % 8 == 0
-    assert [offset - len(header) for offset in offsets.values()] == [0, 8, 16]
-    assert size == len(header) + 18
+    place = layout(pieces, {})
+    assert list(place.where) == ["b", "a", "c"]
+    assert len(place.header) % 8 == 0
+    assert [offset - len(place.header) for offset, _ in place.where.values()] == [0, 8, 16]
+    assert place.size == len(place.header) + 18
 
 
 @FILE

@@ -1,0 +1,75 @@
+"""A GGUF model under its own names, as a source of another GGUF file: metadata, tokenizer and order stay."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from quantize.formats.base import TensorInfo
+from quantize.formats.container import read_rows
+from quantize.formats.gguf.checkpoint import GGUFCheckpoint
+from quantize.formats.gguf.header import read_values
+from quantize.formats.gguf.metadata import Value
+from quantize.formats.gguf.split import SPLIT_KEYS
+from quantize.schemes import Plain, QuantizedTensor
+
+
+class StoredView:
+    """What a GGUF file holds, as it holds it."""
+
+    format = "gguf"
+    dropped: Mapping[str, str] = {}
+
+    def __init__(self, checkpoint: GGUFCheckpoint) -> None:
+        self._checkpoint = checkpoint
+        self._stored = checkpoint.stored
+        self.path: Path = checkpoint.path
+        self.tensors = {n: TensorInfo(n, s.shape, s.scheme, s.extent.nbytes) for n, s in self._stored.items()}
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The model's transformers config."""
+        return self._checkpoint.config
+
+    @property
+    def quantization(self) -> dict[str, Any]:
+        """What its header says of quantization."""
+        return self._checkpoint.quantization
+
+    @property
+    def side_files(self) -> Mapping[str, Path]:
+        """Its tokenizer as Hugging Face files."""
+        return self._checkpoint.side_files
+
+    def metadata(self) -> dict[str, Value]:
+        """Returns its metadata without what splitting put there."""
+        values = read_values(self._checkpoint.first_file)
+        return {key: value for key, value in values.items() if key not in SPLIT_KEYS}
+
+    def sources(self, name: str) -> tuple[str, ...]:
+        """Returns what transformers calls a tensor."""
+        return self._checkpoint.names_of(name)
+
+    def same_columns(self, name: str) -> bool:
+        """Returns whether input columns are those of the sources: they are where there is a source."""
+        return bool(self.sources(name))
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Returns rows: in their own dtype when plain, decoded to float32 when not."""
+        coded = self.read_coded(name, start, stop)
+        return read_rows(self._stored[name].extent, start, stop) if coded is None else coded.dequantize()
+
+    def read_coded(self, name: str, start: int = 0, stop: int | None = None) -> QuantizedTensor | None:
+        """Returns the blocks of rows, or None for a plain tensor."""
+        stored = self._stored[name]
+        if isinstance(stored.scheme, Plain):
+            return None
+        blocks = read_rows(stored.extent, start, stop)
+        return QuantizedTensor(stored.scheme, (len(blocks), *stored.shape[1:]), {"blocks": blocks})
+
+    def file(self, name: str) -> Path:
+        """Returns the part that holds a tensor."""
+        return self._stored[name].extent.file

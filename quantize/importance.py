@@ -1,0 +1,99 @@
+"""The importance matrix of a model, gathered block by block: never the whole model in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from quantize.calib_data import CalibrationText
+from quantize.calibration import open_sweep
+from quantize.formats.base import Checkpoint
+from quantize.formats.gguf.imatrix import ImportanceMatrix
+from quantize.imatrix import SiteOf, gather
+from quantize.progress import Progress
+from quantize.settings import Settings
+from quantize.skeleton import Skeleton
+from quantize.statistics import Squares
+from quantize.sweep import Site, Stage
+
+_STACK = 3
+
+
+def gather_importance(
+    settings: Settings,
+    skeleton: Skeleton,
+    checkpoint: Checkpoint,
+    view: Checkpoint,
+    text: CalibrationText,
+    threads: int,
+    folder: Path,
+    progress: Progress,
+) -> ImportanceMatrix:
+    """Returns the mean squares of the inputs of a model's matrices over calibration text.
+
+    Args:
+        settings: The memory for waiting activations.
+        skeleton: The model's modules.
+        checkpoint: Its weights.
+        view: The model under GGUF names, which tells the stored tensors that each of its tensors is made of.
+        text: The rows.
+        threads: Threads; the result does not depend on them.
+        folder: Where activations wait that have no room in memory.
+        progress: Told how many blocks are done.
+    """
+    seen: dict[Site, Squares] = {}
+    with open_sweep(settings, skeleton, checkpoint, text, threads, folder) as sweep:
+        for stage in sweep.stages():
+            sites = _sites(stage, skeleton)
+            found = stage.run({site: str(number) for number, site in enumerate(sites)}, Squares)
+            for number, site in enumerate(sites):
+                if (part := found.get(str(number))) is not None:
+                    # a block that a forward pass enters several times has the sum of what each of them brings
+                    seen[site] = seen[site].merge(part) if site in seen else part
+            if stage.path in skeleton.blocks:
+                progress("gathering", skeleton.blocks.index(stage.path) + 1, len(skeleton.blocks))
+    names = [name for name in view.tensors if len(view.tensors[name].shape) > 1]
+    sources = {name: view.sources(name) for name in names if view.same_columns(name)}  # type: ignore[attr-defined]
+    shapes = {name: view.tensors[name].shape for name in names}
+    entries = gather(sources, _site_of(seen, skeleton), shapes=shapes)
+    rows, length = text.ids.shape
+    datasets = tuple(Path(source).name if Path(source).exists() else source for source in text.sources)
+    return ImportanceMatrix(dict(sorted(entries.items())), datasets, rows, length)
+
+
+def _sites(stage: Stage, skeleton: Skeleton) -> list[Site]:
+    """Returns every place of a block where a matrix may be multiplied by: also those that no text may reach."""
+    start = f"{stage.path}."
+    sites: list[Site] = []
+    for parameter in skeleton.parameters:
+        if parameter.startswith(start):
+            sites.append(Site((parameter, -1)))
+            shape = _shape(parameter, skeleton)
+            sites += [Site((parameter, expert)) for expert in range(shape[0] if len(shape) == _STACK else 0)]
+    return sites
+
+
+def _shape(parameter: str, skeleton: Skeleton) -> tuple[int, ...]:
+    path, _, leaf = parameter.rpartition(".")
+    value = getattr(skeleton.model.get_submodule(path), leaf)
+    return tuple(value.shape)
+
+
+def _site_of(seen: Mapping[Site, Squares], skeleton: Skeleton) -> SiteOf:
+    """Returns a function that gives what was observed at the input of a stored tensor."""
+
+    def site_of(name: str) -> Squares | list[Squares | None] | None:
+        conversion = skeleton.conversion_of.get(name)
+        if conversion is None:
+            return None
+        parameter = conversion.target
+        whole = seen.get(Site((parameter, -1)))
+        shape = _shape(parameter, skeleton)
+        if whole is not None or len(shape) != _STACK:
+            return whole
+        group = next(names for names in conversion.sources.values() if name in names)
+        if len(group) == shape[0]:
+            return seen.get(Site((parameter, group.index(name))))
+        return [seen.get(Site((parameter, expert))) for expert in range(shape[0])]
+
+    return site_of

@@ -1,0 +1,246 @@
+"""llama.cpp's named mixes as the decisions of a plan, and the importance that they ask for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantize.errors import InputError, UsageError
+from quantize.formats.base import Checkpoint, Format
+from quantize.formats.gguf.imatrix import ImportanceMatrix, read_imatrix
+from quantize.formats.gguf.mixes import MIXES, Choice, Facts, Mix, choose, lacking_importance
+from quantize.formats.gguf.overrides import Override, from_gguf, parse_tensor_types, parse_type, unmatched
+from quantize.imatrix import coverage, match
+from quantize.planning import Decision
+from quantize.presets import Choice as Preset
+from quantize.schemes import GGMLBlock, Plain, Scheme, parse_scheme
+from quantize.settings import Settings
+
+_BY_DTYPE = {torch.float32: MIXES["F32"], torch.float16: MIXES["F16"], torch.bfloat16: MIXES["BF16"]}
+_NAMED = 3
+_MATRIX = 2
+AUTO, NONE = "auto", "none"
+
+
+@dataclass
+class Mixing:
+    """One mix over one model.
+
+    Attributes:
+        mix: The mix.
+        decisions: What each tensor gets.
+        header: The metadata of the file.
+        gathers: Whether text must be passed through the model to learn the importance of its input columns.
+        means: Mean square of each input column by tensor, as far as it is known: float32 `[cols]`, or
+            `[experts, cols]`.
+        save: File for what is gathered, or None.
+        notes: What the user should know of the importance, one line each.
+    """
+
+    mix: Mix
+    decisions: Mapping[str, Decision]
+    header: Mapping[str, Any]
+    gathers: bool
+    means: Mapping[str, Tensor] = field(default_factory=dict)
+    save: Path | None = None
+    notes: tuple[str, ...] = ()
+
+    @staticmethod
+    def of(target: Format, preset: Preset | None, view: Checkpoint, settings: Settings) -> Mixing:
+        """Returns what the settings make of a model under GGUF names.
+
+        Raises:
+            QuantizeError: what they ask for cannot be.
+        """
+        dtype = parse_scheme(settings.dtype).dtype if settings.dtype else None  # type: ignore[attr-defined]
+        mix = preset.mix if preset is not None and preset.mix is not None else plain_mix(view, dtype)
+        asked = str(settings.imatrix or AUTO)
+        file = Path(asked).expanduser() if asked not in (AUTO, NONE) else None
+        matrix = read_imatrix(file) if file is not None and file.exists() else None
+        metadata: Mapping[str, Any] = view.metadata()  # type: ignore[attr-defined]
+        coded = any(not isinstance(info.scheme, Plain) for info in view.tensors.values())
+        if preset is None and not settings.dtype and coded:
+            decisions = {name: Decision(None, "as stored") for name in view.tensors}
+        else:
+            decisions = decide(view, metadata, mix, settings, importance=matrix is not None or file is not None)
+        gathers = matrix is None and asked != NONE and (file is not None or bool(needy(decisions, mix)))
+        if gathers and file is None:
+            decisions = decide(view, metadata, mix, settings, importance=True)
+        result = Mixing(mix, decisions, {}, gathers, save=file if gathers else None)
+        options: dict[str, Any] = {"file_type": mix.file_type, "pre": settings.pre}
+        schemes = [decision.scheme or view.tensors[name].scheme for name, decision in decisions.items()]
+        options["quantized"] = any(not isinstance(scheme, Plain) for scheme in schemes)
+        if matrix is not None:
+            assert file is not None
+            result.means = result.accept(matrix, view)
+            options["imatrix"] = (file.name, matrix.datasets[:1], len(result.means), matrix.chunk_count)
+        elif gathers:
+            sources = settings.calib or ("default",)
+            names = [Path(source).name if Path(source).exists() else source for source in sources]
+            options["imatrix"] = ("quantize", names[:1], None, settings.calib_samples)
+        elif not gathers:
+            require_importance(decisions, mix, (), "let it be gathered: --imatrix auto, or name a file")
+        result.header = target.header(view, options)
+        return result
+
+    def accept(self, matrix: ImportanceMatrix, view: Checkpoint) -> Mapping[str, Tensor]:
+        """Returns the importance of each tensor from a matrix, and keeps it.
+
+        Raises:
+            InputError: the matrix is of another model, or lacks a tensor whose type needs importance.
+        """
+        coded = {n: view.tensors[n].shape for n, d in self.decisions.items() if isinstance(d.scheme, GGMLBlock)}
+        laid = match(matrix, coded)
+        require_importance(self.decisions, self.mix, laid.found, "use a matrix of this model, or another type for them")
+        self.means = {
+            name: torch.from_numpy(entry.means() if len(coded[name]) > _MATRIX else entry.means()[0])
+            for name, entry in laid.found.items()
+        }
+        self.notes = _notes(laid.missing, matrix)
+        return self.means
+
+
+def _notes(missing: Sequence[str], matrix: ImportanceMatrix) -> tuple[str, ...]:
+    """Returns a line on tensors without importance, and one on each stack with experts that no token reached."""
+    notes = [f"no importance for {len(missing)} tensors, such as {missing[0]}: rounded without"] if missing else []
+    for stack in coverage(matrix):
+        if stack.unseen:
+            experts = ", ".join(map(str, stack.unseen))
+            notes.append(f"{stack.name}: no token reached {len(stack.unseen)} of {stack.experts} experts: {experts}")
+    return tuple(notes)
+
+
+def plain_mix(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Mix:
+    """Returns the mix of one float type that a conversion without rounding means.
+
+    Args:
+        checkpoint: The source; without `dtype` the type that most of its plain weights have.
+        dtype: The type asked for.
+    """
+    sizes: dict[torch.dtype, int] = {}
+    for info in checkpoint.tensors.values():
+        if isinstance(info.scheme, Plain) and len(info.shape) > 1:
+            sizes[info.scheme.dtype] = sizes.get(info.scheme.dtype, 0) + info.nbytes
+    found = dtype or max(sizes, key=sizes.__getitem__, default=torch.bfloat16)
+    return _BY_DTYPE.get(found, MIXES["BF16"])
+
+
+def read_overrides(settings: Settings) -> list[Override]:
+    """Returns the rules in llama.cpp's syntax: files of them, GGUF files whose types are taken over, or rules as such.
+
+    Raises:
+        InputError: a file cannot be read.
+        UsageError: a rule is none.
+    """
+    rules: list[Override] = []
+    sources = [str(settings.recipe)] if is_gguf(settings.recipe) else []
+    for source in (*settings.tensor_types, *sources):
+        path = Path(source).expanduser()
+        if is_gguf(path):
+            from quantize.formats.gguf.container import read_parts
+
+            for part in read_parts(path):
+                rules += from_gguf({name: str(stored.scheme) for name, stored in part.tensors.items()})
+        elif path.is_file():
+            try:
+                rules += parse_tensor_types(path.read_text(encoding="utf-8"))
+            except (OSError, UnicodeDecodeError) as error:
+                raise InputError(f"{path}: {error}") from error
+        else:
+            rules += parse_tensor_types(source)
+    return rules
+
+
+def is_gguf(path: str | Path | None) -> bool:
+    """Returns whether a recipe is a GGUF file, whose types are to be taken over."""
+    return path is not None and Path(path).suffix == ".gguf"
+
+
+def decide(
+    view: Checkpoint, header: Mapping[str, Any], mix: Mix, settings: Settings, importance: bool
+) -> dict[str, Decision]:
+    """Returns what a mix gives each tensor of a model under GGUF names.
+
+    Args:
+        view: The model.
+        header: Its metadata.
+        mix: The mix.
+        settings: Overrides of it.
+        importance: Whether importance of the input columns will be at hand.
+
+    Raises:
+        UsageError: an override matches nothing, or names a type that cannot be.
+    """
+    rules = read_overrides(settings)
+    if (lost := unmatched([rule for rule in rules if not rule.exact], view.tensors)) and rules:
+        raise UsageError(f"--tensor-type '{lost[0]}' matches no tensor", f"names look like {next(iter(view.tensors))}")
+    choices = choose(
+        mix,
+        {name: info.shape for name, info in view.tensors.items()},
+        facts(header),
+        importance=importance,
+        pure=settings.pure,
+        output=parse_type(settings.output_type) if settings.output_type else None,
+        embedding=parse_type(settings.embedding_type) if settings.embedding_type else None,
+        overrides=rules,
+        blind=frozenset(unread(view, header)),
+    )
+    return {name: _decision(view, name, choice) for name, choice in choices.items()}
+
+
+def _decision(view: Checkpoint, name: str, choice: Choice) -> Decision:
+    source: Scheme = view.tensors[name].scheme
+    if choice.type is not None:
+        asked = parse_scheme(choice.wanted) if choice.wanted else None
+        return Decision(parse_scheme(choice.type), choice.rule, asked)
+    floating = isinstance(source, Plain) and source.dtype.is_floating_point
+    if floating and getattr(view, "required_float", lambda _: False)(name):
+        return Decision(Plain(torch.float32), choice.rule)
+    return Decision(None, choice.rule)
+
+
+def needy(decisions: Mapping[str, Decision], mix: Mix, covered: Collection[str] = ()) -> list[str]:
+    """Returns the tensors whose type needs importance and that are not in `covered`."""
+    choices = {n: Choice(str(d.scheme) if d.scheme is not None else None, d.rule) for n, d in decisions.items()}
+    return lacking_importance(choices, mix, covered)
+
+
+def require_importance(decisions: Mapping[str, Decision], mix: Mix, covered: Collection[str], hint: str) -> None:
+    """Refuses types that need importance which is not there.
+
+    Raises:
+        InputError: naming tensors.
+    """
+    if lacking := needy(decisions, mix, covered):
+        more = f" and {len(lacking) - _NAMED} more" if len(lacking) > _NAMED else ""
+        names = ", ".join(lacking[:_NAMED])
+        raise InputError(f"{decisions[lacking[0]].scheme} needs importance, which is lacking for {names}{more}", hint)
+
+
+def facts(header: Mapping[str, Any]) -> Facts:
+    """Returns what the rules of mixes ask of a model, from its metadata."""
+    arch = header["general.architecture"].data
+
+    def number(key: str) -> int:
+        value = header.get(f"{arch}.{key}")
+        if value is None:
+            return 0
+        return int(next((n for n in value.data if n), 0) if value.array else value.data)
+
+    heads = number("attention.head_count")
+    return Facts(arch, number("block_count"), heads, number("attention.head_count_kv") or heads, number("expert_count"))
+
+
+def unread(view: Checkpoint, header: Mapping[str, Any]) -> list[str]:
+    """Returns the tensors that no text reaches: extra prediction layers, and embeddings of each layer."""
+    arch = header["general.architecture"].data
+    extra = header.get(f"{arch}.nextn_predict_layers")
+    first = facts(header).layers - (int(extra.data) if extra is not None else 0)
+    names = [n for n in view.tensors if (m := re.match(r"blk\.(\d+)\.", n)) and int(m[1]) >= first]
+    return [*names, *(n for n in view.tensors if n.startswith("per_layer_token_embd"))]
