@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import gguf
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
+from quantize.formats.folder import FolderCheckpoint
 from quantize.formats.gguf.metadata import Value
 from quantize.formats.gguf.view import GGUFView
 from quantize.schemes import GGMLBlock
@@ -272,6 +274,39 @@ def load(name: str, folder: Path) -> Any:
     import transformers
 
     return getattr(transformers, MODELS[name][0]).from_pretrained(folder).eval()
+
+
+def edit(folder: Path, tensors: Mapping[str, Tensor | None], **config: Any) -> FolderCheckpoint:
+    """Changes tensors (None takes one away) and config keys (`...` takes one away) of a folder."""
+    held = load_file(folder / "model.safetensors") | tensors
+    save_file({name: value for name, value in held.items() if value is not None}, folder / "model.safetensors")
+    said = json.loads((folder / "config.json").read_text()) | config
+    said = {key: value for key, value in said.items() if value is not ...}
+    (folder / "config.json").write_text(json.dumps(said))
+    return FolderCheckpoint(folder)
+
+
+def four_bit_experts() -> dict[str, Tensor | None]:
+    """Returns the changes that make the experts of `gpt-oss` 4-bit blocks, as the published model has them."""
+    generator = torch.Generator().manual_seed(0)
+    changes: dict[str, Tensor | None] = {}
+    for layer in range(2):
+        for name, rows, columns in (("gate_up_proj", 192, 64), ("down_proj", 64, 96)):
+            stem = f"model.layers.{layer}.mlp.experts.{name}"
+            codes = torch.randint(0, 256, (4, rows, columns // 32, 16), dtype=torch.uint8, generator=generator)
+            scales = torch.randint(120, 125, (4, rows, columns // 32), dtype=torch.uint8, generator=generator)
+            changes |= {stem: None, f"{stem}_blocks": codes, f"{stem}_scales": scales}
+    return changes
+
+
+def further_block(folder: Path) -> dict[str, Tensor | None]:
+    """Returns the tensors that make a `qwen35` in a folder predict further tokens: one block of attention more."""
+    held, stem = load_file(folder / "model.safetensors"), "model.layers.2."
+    names = [name for name in held if name.startswith(stem)]
+    more: dict[str, Tensor | None] = {f"mtp.layers.0.{name.removeprefix(stem)}": held[name].clone() for name in names}
+    norm = held["model.norm.weight"]
+    more |= {"mtp.fc.weight": torch.randn(64, 128), "mtp.norm.weight": norm.clone()}
+    return more | {f"mtp.pre_fc_norm_{part}.weight": norm.clone() for part in ("embedding", "hidden")}
 
 
 def write_gguf(view: GGUFView, path: Path, kind: gguf.GGMLQuantizationType) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import pytest
 import tiny
 import torch
 from gguf import GGMLQuantizationType as Type
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from quantize.errors import InputError
@@ -33,16 +32,6 @@ _CHANGED = ("norm", "A_log")
 
 def view_of(name: str, folder: Path, **changes: Any) -> GGUFView:
     return GGUFView(FolderCheckpoint(gguf_models.save(name, folder, **changes)))
-
-
-def edit(folder: Path, tensors: Mapping[str, Tensor | None], **config: Any) -> FolderCheckpoint:
-    """Changes tensors (None takes one away) and config keys (`...` takes one away) of a folder."""
-    held = load_file(folder / "model.safetensors") | tensors
-    save_file({name: value for name, value in held.items() if value is not None}, folder / "model.safetensors")
-    said = json.loads((folder / "config.json").read_text()) | config
-    said = {key: value for key, value in said.items() if value is not ...}
-    (folder / "config.json").write_text(json.dumps(said))
-    return FolderCheckpoint(folder)
 
 
 # --- there and back
@@ -195,18 +184,12 @@ def test_four_bit_experts_are_repacked(tmp_path: Path) -> None:
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
     folder = gguf_models.save("gpt-oss", tmp_path)
-    generator = torch.Generator().manual_seed(0)
-    changes: dict[str, Tensor | None] = {}
-    plain: dict[str, Tensor] = {}
-    for layer in range(2):
-        for name, rows, columns in (("gate_up_proj", 192, 64), ("down_proj", 64, 96)):
-            stem = f"model.layers.{layer}.mlp.experts.{name}"
-            codes = torch.randint(0, 256, (4, rows, columns // 32, 16), dtype=torch.uint8, generator=generator)
-            scales = torch.randint(120, 130, (4, rows, columns // 32), dtype=torch.uint8, generator=generator)
-            changes |= {stem: None, f"{stem}_blocks": codes, f"{stem}_scales": scales}
-            # [experts, in, out]
-            plain[stem] = convert_moe_packed_tensors(codes, scales, dtype=torch.float32)
-    view = GGUFView(edit(folder, changes))
+    changes = gguf_models.four_bit_experts()
+    plain = {
+        stem: convert_moe_packed_tensors(changes[f"{stem}_blocks"], changes[f"{stem}_scales"], dtype=torch.float32)
+        for stem in (name for name, values in changes.items() if values is None)
+    }  # [experts, in, out]
+    view = GGUFView(gguf_models.edit(folder, changes))
     for layer in range(2):
         stem, block = f"model.layers.{layer}.mlp.experts", f"blk.{layer}"
         both = plain[f"{stem}.gate_up_proj"].transpose(1, 2)
@@ -232,11 +215,11 @@ def test_experts_one_by_one_or_stacked(tmp_path: Path) -> None:
         both = [torch.cat([held[f"{stem}.{e}.{part}_proj.weight"] for part in ("gate", "up")]) for e in range(4)]
         changes[f"{stem}.gate_up_proj"] = torch.stack(both)
         changes[f"{stem}.down_proj"] = torch.stack([held[f"{stem}.{e}.down_proj.weight"] for e in range(4)])
-    stacked = GGUFView(edit(folder, changes))
+    stacked = GGUFView(gguf_models.edit(folder, changes))
     assert stacked.tensors.keys() == before.keys()
     assert all(torch.equal(stacked.read(name), values) for name, values in before.items())
     with pytest.raises(InputError, match=r"lacks tensor 'model\.layers\.1\.mlp\.experts\.0\.down_proj\.weight'"):
-        GGUFView(edit(folder, {"model.layers.1.mlp.experts.down_proj": None}))
+        GGUFView(gguf_models.edit(folder, {"model.layers.1.mlp.experts.down_proj": None}))
 
 
 def test_lazy_nodes(tmp_path: Path) -> None:
@@ -269,7 +252,7 @@ def test_rope_scaling_in_old_and_new_keys(name: str, kind: str, tmp_path: Path) 
     theta, rest = 12345.0, {key: said[key] for key in ("partial_rotary_factor",) if key in said}
     new = {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **rest, **_YARN}}
     old = {"rope_parameters": ..., "rope_theta": theta, **rest, "rope_scaling": {"type": kind, **_YARN}}
-    first, second = (GGUFView(edit(folder, {}, **config)) for config in (new, old))
+    first, second = (GGUFView(gguf_models.edit(folder, {}, **config)) for config in (new, old))
     keys = keys_of(first)
     assert keys == keys_of(second)
     assert first.tensors == second.tensors
@@ -292,7 +275,7 @@ def test_unknown_rope_scaling_is_refused(kind: str, tmp_path: Path) -> None:
     folder = gguf_models.save("llama", tmp_path)
     parameters = {"rope_type": kind, "factor": 2.0, "rope_theta": 1e4}
     with pytest.raises(InputError, match=f"rope scaling '{kind}' is none that a GGUF file states"):
-        GGUFView(edit(folder, {}, rope_parameters=parameters))
+        GGUFView(gguf_models.edit(folder, {}, rope_parameters=parameters))
 
 
 def test_llama3_divisors_are_those_of_transformers(tmp_path: Path) -> None:
@@ -316,7 +299,7 @@ def test_what_the_config_leaves_out_is_as_in_transformers(tmp_path: Path) -> Non
     folder = gguf_models.save("gemma3", tmp_path)
     whole = keys_of(GGUFView(FolderCheckpoint(folder)))
     said = json.loads((folder / "config.json").read_text())
-    held = GGUFView(edit(folder, {}, rope_parameters=..., rms_norm_eps=..., tie_word_embeddings=...))
+    held = GGUFView(gguf_models.edit(folder, {}, rope_parameters=..., rms_norm_eps=..., tie_word_embeddings=...))
     assert keys_of(held) == whole
     assert said["rms_norm_eps"] == pytest.approx(whole["gemma3.attention.layer_norm_rms_epsilon"])
     assert whole["gemma3.rope.freq_base_swa"] == 1e4
@@ -358,7 +341,7 @@ def test_size_labels() -> None:
 
 def test_unknown_classes_and_arch(tmp_path: Path) -> None:
     folder = gguf_models.save("llama", tmp_path)
-    foreign = edit(folder, {}, architectures=["MyOwnForCausalLM"], model_type="myown")
+    foreign = gguf_models.edit(folder, {}, architectures=["MyOwnForCausalLM"], model_type="myown")
     with pytest.raises(InputError, match=r"class 'MyOwnForCausalLM' is not known.*--arch llama takes it as a Llama"):
         GGUFView(foreign)
     assert GGUFView(foreign, "llama").architecture.model_class == "LlamaForCausalLM"
@@ -366,7 +349,7 @@ def test_unknown_classes_and_arch(tmp_path: Path) -> None:
         GGUFView(foreign, "llamma")
     with pytest.raises(InputError, match=r"lacks tensor 'model\.layers\.0\.self_attn\.q_norm\.weight'"):
         GGUFView(foreign, "qwen3")
-    unnamed = edit(folder, {}, architectures=..., model_type="llama")
+    unnamed = gguf_models.edit(folder, {}, architectures=..., model_type="llama")
     assert GGUFView(unnamed).architecture.name == "llama"
 
 
@@ -374,36 +357,36 @@ def test_every_tensor_is_used_or_refused(tmp_path: Path) -> None:
     folder = gguf_models.save("llama", tmp_path)
     stem = "model.layers.1.self_attn"
     held = load_file(folder / "model.safetensors")
-    odd = edit(folder, {f"{stem}.q_proj.weight_scale": torch.ones(1)})
+    odd = gguf_models.edit(folder, {f"{stem}.q_proj.weight_scale": torch.ones(1)})
     with pytest.raises(
         InputError, match=r"'model\.layers\.1\.self_attn\.q_proj\.weight_scale' has no place in .*llama"
     ):
         GGUFView(odd)
     buffers = {f"{stem}.rotary_emb.inv_freq": torch.ones(8), f"{stem}.masked_bias": torch.ones(1)}
-    view = GGUFView(edit(folder, {f"{stem}.q_proj.weight_scale": None, **buffers}))
+    view = GGUFView(gguf_models.edit(folder, {f"{stem}.q_proj.weight_scale": None, **buffers}))
     assert view.dropped == dict.fromkeys(buffers, "a buffer that engines compute")
     with pytest.raises(InputError, match=r"lacks tensor 'model\.layers\.1\.self_attn\.k_proj\.bias'$"):
-        GGUFView(edit(folder, {f"{stem}.k_proj.bias": None}))
+        GGUFView(gguf_models.edit(folder, {f"{stem}.k_proj.bias": None}))
     heads = {f"{stem}.k_proj.bias": held[f"{stem}.k_proj.bias"][:24].clone()}
     with pytest.raises(InputError, match=r"k_proj\.bias' of shape \[24\] does not fit .* 24 rows, not 2 heads of 32"):
-        GGUFView(edit(folder, heads))
+        GGUFView(gguf_models.edit(folder, heads))
 
 
 def test_heads_that_are_the_embedding(tmp_path: Path) -> None:
     folder = gguf_models.save("llama", tmp_path / "llama")
     held = load_file(folder / "model.safetensors")
-    view = GGUFView(edit(folder, {}, tie_word_embeddings=True))
+    view = GGUFView(gguf_models.edit(folder, {}, tie_word_embeddings=True))
     assert view.dropped == {"lm_head.weight": "the head is the embedding"}
     assert "output.weight" not in view.tensors
     with pytest.raises(InputError, match=r"lacks tensor 'lm_head\.weight'.*--assume-tied"):
-        GGUFView(edit(folder, {"lm_head.weight": None}, tie_word_embeddings=False))
+        GGUFView(gguf_models.edit(folder, {"lm_head.weight": None}, tie_word_embeddings=False))
     # llama.cpp wants a head of gpt-oss in any case, and has no place for one of Gemma 2.
     folder = gguf_models.save("gpt-oss", tmp_path / "oss")
-    view = GGUFView(edit(folder, {"lm_head.weight": None}, tie_word_embeddings=True))
+    view = GGUFView(gguf_models.edit(folder, {"lm_head.weight": None}, tie_word_embeddings=True))
     assert torch.equal(view.read("output.weight"), view.read("token_embd.weight"))
     folder = gguf_models.save("gemma2", tmp_path / "gemma")
     with pytest.raises(InputError, match="has a head of its own"):
-        GGUFView(edit(folder, {"lm_head.weight": held["lm_head.weight"]}, tie_word_embeddings=False))
+        GGUFView(gguf_models.edit(folder, {"lm_head.weight": held["lm_head.weight"]}, tie_word_embeddings=False))
 
 
 @pytest.mark.parametrize(
@@ -421,7 +404,7 @@ def test_heads_that_are_the_embedding(tmp_path: Path) -> None:
 def test_settings_that_llamacpp_does_not_follow(
     name: str, changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    source = edit(gguf_models.save(name, tmp_path), {}, **changes)
+    source = gguf_models.edit(gguf_models.save(name, tmp_path), {}, **changes)
     with pytest.raises(InputError, match=rf"config\.json has {message}, which llama\.cpp's loader"):
         GGUFView(source)
 
@@ -449,7 +432,7 @@ def test_names_with_and_without_a_prefix(tmp_path: Path) -> None:
         for key, values in held.items():
             moved = key.removeprefix(prefix) if key.startswith(prefix) else prefix + key
             other[key if key.startswith("lm_head") else moved] = values
-        after = GGUFView(edit(folder, other))
+        after = GGUFView(gguf_models.edit(folder, other))
         assert list(after.tensors) == list(before)
         assert all(torch.equal(after.read(key), values) for key, values in before.items())
 
@@ -458,19 +441,19 @@ def test_models_without_a_head(tmp_path: Path) -> None:
     folder = gguf_models.save("qwen3", tmp_path)
     (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling/config.json").write_text('{"pooling_mode_lasttoken": true}')
-    bare = edit(folder, {"lm_head.weight": None})
+    bare = gguf_models.edit(folder, {"lm_head.weight": None})
     assert "output.weight" not in GGUFView(bare, assume_tied=True).tensors
-    keys = keys_of(GGUFView(edit(folder, {}, architectures=["Qwen3Model"])))
+    keys = keys_of(GGUFView(gguf_models.edit(folder, {}, architectures=["Qwen3Model"])))
     assert keys["qwen3.pooling_type"] == 3
 
 
 def test_notices(tmp_path: Path) -> None:
     folder = gguf_models.save("mistral", tmp_path)
     yarn = {"rope_type": "yarn", "rope_theta": 1e4, **_YARN, "truncate": False}
-    notices = GGUFView(edit(folder, {}, sliding_window=16, rope_parameters=yarn)).notices
+    notices = GGUFView(gguf_models.edit(folder, {}, sliding_window=16, rope_parameters=yarn)).notices
     assert [notice.split(":")[0] for notice in notices] == ["yarn", "yarn", notices[2]]
     assert notices[2] == "llama.cpp attends to everything here, the model to the last 16 tokens"
-    assert GGUFView(edit(folder, {}, sliding_window=None, rope_parameters=...)).notices == []
+    assert GGUFView(gguf_models.edit(folder, {}, sliding_window=None, rope_parameters=...)).notices == []
 
 
 # --- blocks that predict further tokens
@@ -478,17 +461,10 @@ def test_notices(tmp_path: Path) -> None:
 
 def test_blocks_for_further_tokens_qwen(tmp_path: Path) -> None:
     folder = gguf_models.save("qwen35", tmp_path)
-    held = load_file(folder / "model.safetensors")
-    stem = "model.layers.2."  # a block of attention
-    more: dict[str, Tensor | None] = {
-        f"mtp.layers.0.{name.removeprefix(stem)}": value.clone()
-        for name, value in held.items()
-        if name.startswith(stem)
-    }
-    norm = held["model.norm.weight"]
-    more |= {"mtp.fc.weight": torch.randn(64, 128), "mtp.norm.weight": norm.clone()}
-    more |= {f"mtp.pre_fc_norm_{part}.weight": norm.clone() for part in ("embedding", "hidden")}
-    view = GGUFView(edit(folder, more))
+    more = gguf_models.further_block(folder)
+    norm = more["mtp.norm.weight"]
+    assert norm is not None
+    view = GGUFView(gguf_models.edit(folder, more))
     keys = keys_of(view)
     assert (keys["qwen35.block_count"], keys["qwen35.nextn_predict_layers"]) == (5, 1)
     assert keys["qwen35.attention.recurrent_layers"] == [True, True, False, True, False]
@@ -507,7 +483,7 @@ def test_blocks_for_further_tokens_behind_the_others(tmp_path: Path) -> None:
             name.replace(".1.", ".2.", 1): value.clone() for name, value in held.items() if ".layers.1." in name
         }
         more |= {f"model.layers.2.{name}.weight": torch.ones(64, 128 if "proj" in name else 64) for name in names}
-        return edit(folder, more)
+        return gguf_models.edit(folder, more)
 
     glm = GGUFView(behind(gguf_models.save("glm4moe", tmp_path / "glm"), ["eh_proj", "enorm", "hnorm"]))
     keys = keys_of(glm)

@@ -87,3 +87,28 @@ def test_logits_are_those_of_transformers(name: str, tmp_path: Path, capsys: pyt
     with capsys.disabled():
         print(f"\n{row}", end="")
     assert {k for k, v in measured.items() if v > LIMITS[k]} == set(), row
+
+
+def test_four_bit_experts(tmp_path: Path) -> None:
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    folder = gguf_models.save("gpt-oss", tmp_path / "model")
+    changes = gguf_models.four_bit_experts()
+    plain = {
+        stem: convert_moe_packed_tensors(changes[f"{stem}_blocks"], changes[f"{stem}_scales"], dtype=torch.float32)
+        for stem in (name for name, values in changes.items() if values is None)
+    }
+    gguf_models.edit(folder, plain)
+    base = expected(gguf_models.load("gpt-oss", folder), token_ids())
+    view = GGUFView(gguf_models.edit(folder, changes))
+    path = gguf_models.write_gguf(view, tmp_path / "m.gguf", gguf.GGMLQuantizationType.F32)
+    # llama.cpp rounds what enters these matrices to 8 bits.
+    assert divergence(base, by_llamacpp(path, token_ids(), "logits")) < 1e-3
+
+
+def test_blocks_for_further_tokens_change_nothing(tmp_path: Path) -> None:
+    folder = gguf_models.save("qwen35", tmp_path / "model")
+    base = expected(gguf_models.load("qwen35", folder), token_ids())
+    view = GGUFView(gguf_models.edit(folder, gguf_models.further_block(folder)))
+    path = gguf_models.write_gguf(view, tmp_path / "m.gguf", gguf.GGMLQuantizationType.F32)
+    assert divergence(base, by_llamacpp(path, token_ids(), "logits")) < LIMITS["F32"]
