@@ -103,6 +103,19 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
+class Header:
+    """What the headers of the weight files say beside the arrays.
+
+    Attributes:
+        values: By key, in the format's own types.
+        notices: What the format cannot say of this model, one line each.
+    """
+
+    values: Mapping[str, Any]
+    notices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Layout:
     """Where everything of one output file lies, known before any of its arrays exists.
 
@@ -175,8 +188,8 @@ class Format(Protocol):
     def file_names(self, out: str, count: int) -> list[str]:
         """Returns the names of `count` weight files of an output called `out`."""
 
-    def header(self, view: Checkpoint, options: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Returns the metadata that goes into the header of the weight files, in the format's own types.
+    def header(self, view: Checkpoint, options: Mapping[str, Any]) -> Header:
+        """Returns the metadata that goes into the header of the weight files.
 
         Raises:
             InputError: what engines need cannot be told from the model's files.

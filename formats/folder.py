@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from quantize.errors import InputError
-from quantize.formats.base import Checkpoint, Layout, Piece, TensorInfo
+from quantize.formats.base import Checkpoint, Header, Layout, Piece, TensorInfo
 from quantize.formats.container import Extent, layout, read_header, read_rows
 from quantize.schemes import Plain, QuantizedTensor, Scheme, Shape
 
@@ -257,9 +257,9 @@ class FolderFormat:
         """Returns None: what does not fit is kept."""
         return None
 
-    def header(self, view: Checkpoint, options: Mapping[str, Any]) -> Mapping[str, Any]:
+    def header(self, view: Checkpoint, options: Mapping[str, Any]) -> Header:
         """Returns what transformers asks of a header."""
-        return {"format": "pt"}
+        return Header({"format": "pt"})
 
     def layouts(self, files: Mapping[str, Sequence[Piece]], header: Mapping[str, Any]) -> dict[str, Layout]:
         """Returns the layout of each shard."""

@@ -12,12 +12,13 @@ from quantize import formats, methods, presets
 from quantize.errors import unknown_name
 from quantize.evaluation import DEFAULT_TEXT, Evaluation, evaluate_checkpoints, protocol
 from quantize.formats.base import Checkpoint
-from quantize.pipeline import Job, Settings
+from quantize.pipeline import Job
 from quantize.planning import Plan
 from quantize.progress import Progress, silent
 from quantize.recipe import KEEP
 from quantize.report import Report
 from quantize.schemes import FAMILIES
+from quantize.settings import Settings
 
 
 def _unannounced(plan: Plan) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quantize.errors import InputError, UsageError
-from quantize.formats.base import Checkpoint, Format
+from quantize.formats.base import Checkpoint, Format, Header
 from quantize.formats.gguf.imatrix import ImportanceMatrix, read_imatrix
 from quantize.formats.gguf.mixes import MIXES, Choice, Facts, Mix, choose, lacking_importance
 from quantize.formats.gguf.overrides import Override, from_gguf, parse_tensor_types, parse_type, unmatched
@@ -45,7 +45,7 @@ class Mixing:
 
     mix: Mix
     decisions: Mapping[str, Decision]
-    header: Mapping[str, Any]
+    header: Header
     gathers: bool
     means: Mapping[str, Tensor] = field(default_factory=dict)
     save: Path | None = None
@@ -72,7 +72,7 @@ class Mixing:
         gathers = matrix is None and asked != NONE and (file is not None or bool(needy(decisions, mix)))
         if gathers and file is None:
             decisions = decide(view, metadata, mix, settings, importance=True)
-        result = Mixing(mix, decisions, {}, gathers, save=file if gathers else None)
+        result = Mixing(mix, decisions, Header({}), gathers, save=file if gathers else None)
         options: dict[str, Any] = {"file_type": mix.file_type, "pre": settings.pre}
         schemes = [decision.scheme or view.tensors[name].scheme for name, decision in decisions.items()]
         options["quantized"] = any(not isinstance(scheme, Plain) for scheme in schemes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 
 from quantize.anatomy import Anatomy
 from quantize.errors import InputError, QuantizeError, ResourceError, UsageError
-from quantize.formats.base import Checkpoint, Format, Layout, Piece, TensorInfo
+from quantize.formats.base import Checkpoint, Format, Header, Layout, Piece, TensorInfo
 from quantize.methods.base import Method
 from quantize.recipe import Rule, first_match
 from quantize.schemes import AffineInt, Plain, Scheme, Shape
@@ -25,6 +25,8 @@ _BASE_BYTES = 450 * 2**20
 _SLACK_BYTES = 64 * 2**20
 # A run of rows on its way through an encoder: as stored, as float32, as blocks.
 _RUN_BYTES = 24 * 2**20
+
+_NO_HEADER = Header({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +172,7 @@ class Request:
     format: Format
     rules: Sequence[Rule] = ()
     decisions: Mapping[str, Decision] | None = None
-    header: Mapping[str, Any] = field(default_factory=dict)
+    header: Header = _NO_HEADER
     dtype: torch.dtype | None = None
     fallback: bool = True
     samples: int = 0
@@ -205,8 +207,8 @@ def make_plan(checkpoint: Checkpoint, anatomy: Anatomy, request: Request, out: P
         entries=entries,
         dropped=dict(checkpoint.dropped),
         files=files,
-        header=request.header,
-        notices=tuple(notices),
+        header=request.header.values,
+        notices=(*notices, *request.header.notices),
         peak_bytes=0,
         free_bytes=free,
         source=checkpoint.path,

@@ -23,6 +23,7 @@ from quantize.writer import OutputFolder
 _COPY = 16 * 2**20
 # Weights coded at a time by one worker.
 _RUN = 2**20
+_MATRIX = 2
 # Bytes written between two commits, each of which waits for the disk.
 _COMMIT = 64 * 2**20
 
@@ -163,7 +164,7 @@ class Work:
         """Returns packed rows, the squared error that rounding made, and the sum of their squares."""
         value = self.checkpoint.read(entry.name, *rows)
         self.scan({entry.name: value}, rows[0])
-        matrices: Sequence[Tensor] = value if value.dim() > 2 else [value]
+        matrices = list(value) if value.dim() > _MATRIX else [value]
         packed: list[Tensor] = []
         lost = whole = 0.0
         for index, matrix in enumerate(matrices):

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from quantize.errors import InputError, UsageError
-from quantize.formats.base import Checkpoint, Layout, Piece
+from quantize.formats.base import Checkpoint, Header, Layout, Piece
 from quantize.formats.folder import is_folder
 from quantize.formats.gguf.checkpoint import GGUFCheckpoint
 from quantize.formats.gguf.layout import Entry, layout
@@ -18,6 +18,8 @@ from quantize.formats.gguf.mixes import fit
 from quantize.formats.gguf.mixrules import protection
 from quantize.formats.gguf.split import part_names, split_metadata
 from quantize.formats.gguf.stored import StoredView
+from quantize.formats.gguf.view import GGUFView
+from quantize.formats.gguf.vocabulary import tokenizer_metadata
 from quantize.schemes import GGMLBlock, Plain, QuantizedTensor, Scheme, Shape, parse_scheme
 
 __all__ = ["GGUFCheckpoint", "GGUFFormat"]
@@ -58,8 +60,6 @@ class GGUFFormat:
         """Returns the model under GGUF's names; one that is GGUF already keeps its own names and metadata."""
         if isinstance(checkpoint, GGUFCheckpoint) and arch is None:
             return StoredView(checkpoint)
-        from quantize.formats.gguf.view import GGUFView
-
         return GGUFView(checkpoint, arch)
 
     def reject(self, scheme: Scheme) -> str | None:
@@ -102,7 +102,7 @@ class GGUFFormat:
             raise UsageError(f"{out}: a GGUF file is called NAME.gguf", f"say --out {out}.gguf")
         return part_names(out.removesuffix(".gguf"), count)
 
-    def header(self, view: Checkpoint, options: Mapping[str, Any]) -> Mapping[str, Value]:
+    def header(self, view: Checkpoint, options: Mapping[str, Any]) -> Header:
         """Returns the metadata: the model's, its tokenizer's, and what was done to it.
 
         Args:
@@ -114,17 +114,16 @@ class GGUFFormat:
         Raises:
             InputError: the tokenizer or the way that it splits text is not known.
         """
-        from quantize.formats.gguf.view import GGUFView
-
         assert isinstance(view, GGUFView | StoredView)
         found: dict[str, Value] = dict(view.metadata())
+        notices: tuple[str, ...] = ()
         if isinstance(view, GGUFView):
-            from quantize.formats.gguf.vocabulary import tokenizer_metadata
-
             if _EMBEDDING not in view.tensors:
                 raise InputError(f"{view.path}: has no {_EMBEDDING}")
             rows = view.tensors[_EMBEDDING].shape[0]
-            found |= tokenizer_metadata(view.side_files, view.config, rows, pre=options.get("pre")).metadata
+            tokenizer = tokenizer_metadata(view.side_files, view.config, rows, pre=options.get("pre"))
+            found |= tokenizer.metadata
+            notices = (*view.notices, *tokenizer.notices)
         elif options.get("pre"):
             found["tokenizer.ggml.pre"] = text(options["pre"])
         found["general.file_type"] = u32(options["file_type"])
@@ -138,7 +137,7 @@ class GGUFFormat:
             for key, count in (("entries", entries), ("chunks", chunks)):
                 if count:
                     found[f"quantize.imatrix.{key}_count"] = u32(count)
-        return found
+        return Header(found, notices)
 
     def layouts(self, files: Mapping[str, Sequence[Piece]], header: Mapping[str, Any]) -> dict[str, Layout]:
         """Returns the layout of each part; the first has the metadata."""
@@ -146,7 +145,8 @@ class GGUFFormat:
             [Entry(p.name, p.logical, p.scheme) for p in part if p.scheme is not None] for part in files.values()
         ]
         metadata = split_metadata(header, [len(part) for part in entries])
-        return {name: layout(*both) for name, *both in zip(files, metadata, entries, strict=True)}
+        parts = zip(files, metadata, entries, strict=True)
+        return {name: layout(keys, tensors) for name, keys, tensors in parts}
 
     def quantization_config(self, schemes: Mapping[str, Scheme]) -> dict[str, Any]:
         """Returns nothing: every tensor's type stands in the header."""
