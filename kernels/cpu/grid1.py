@@ -122,10 +122,10 @@ def _choose(
     """Writes the points of a block; returns its scale, float32."""
     moved = False
     for g in range(n // 8):
-        key = np.int64(0)
+        key = 0
         for i in range(7, -1, -1):
             key = key * 3 + levels[8 * g + i]
-        point = np.int64(table.where[key])
+        point = int(table.where[key])
         if point < 0:
             moved = True
             point = nearest8(table, point, x + 8 * g, weight + 8 * g, scale, _shift(halves, shift, g))
@@ -147,15 +147,15 @@ def _choose(
 def _write_s(most: Any, done: Any, block: Any) -> None:
     """0: scale; 2..33: low bytes of indices; 34..49: per 32 weights four times 3 high bits, 3 of scale, 1 of shift."""
     unit = most / _UNITS
-    half = np.int64(to_half(unit * _FUDGE_S)) if most > 0 else 0
+    half = int(to_half(unit * _FUDGE_S)) if most > 0 else 0
     block[0], block[1] = half & 255, half >> 8
     for b in range(8):
-        word = np.int64(0)
+        word = 0
         for g in range(4):
             block[2 + 4 * b + g] = done.index[4 * b + g] & 255
             word |= done.index[4 * b + g] >> 8 << 3 * g
         if most > 0:
-            word |= np.int64(level(_ONE / unit * done.scales[b], _TOP_CODE)) << 12 | done.shifts[b] << 15
+            word |= int(level(_ONE / unit * done.scales[b], _TOP_CODE)) << 12 | done.shifts[b] << 15
         block[34 + 2 * b], block[35 + 2 * b] = word & 255, word >> 8
 
 
@@ -178,7 +178,7 @@ def _write_m(x: Any, most: Any, table: Any, done: Any, block: Any) -> None:
     inverse = _ONE / unit
     sx, s2 = _ZERO, _ZERO
     for b in range(16):
-        code = np.int64(level(inverse * done.scales[b], _TOP_CODE))
+        code = int(level(inverse * done.scales[b], _TOP_CODE))
         word = code << 3 * (b % 4)
         at = 48 + 2 * (b // 4)
         block[at] |= word & 255
@@ -192,6 +192,6 @@ def _write_m(x: Any, most: Any, table: Any, done: Any, block: Any) -> None:
             s2 += cost * q
     if s2 > 0:
         unit = sx / s2
-    half = np.int64(to_half(unit * _FUDGE_M))
+    half = int(to_half(unit * _FUDGE_M))
     for i in range(4):
         block[49 + 2 * i] |= (half >> (4 * i) & 15) << 4

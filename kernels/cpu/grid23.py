@@ -175,7 +175,7 @@ def _write(most: Any, rules: Any, done: Any, block: Any) -> None:
     half = np.uint16(0)
     unit = most / _UNITS
     for b in range(SUPER // rules.block):
-        done.codes[b] = np.int64(level(_ONE / unit * done.scales[b], _TOP_CODE)) if most > 0 else 0
+        done.codes[b] = int(level(_ONE / unit * done.scales[b], _TOP_CODE)) if most > 0 else 0
     if most > 0:
         half = to_half(unit * rules.fudge)
     elif rules.even:

@@ -61,15 +61,15 @@ def decode_iq1_m(blocks: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
 @compiled
 def _half_at(block: Any, at: int) -> Any:
     """Returns the float16 at a byte, as float32."""
-    return from_half(np.uint16(np.int64(block[at]) | np.int64(block[at + 1]) << 8))
+    return from_half(np.uint16(int(block[at]) | int(block[at + 1]) << 8))
 
 
 @compiled
 def _word_at(block: Any, at: int) -> int:
     """Returns the 32-bit number at a byte, the lowest byte first."""
-    word = np.int64(0)
+    word = 0
     for i in range(4):
-        word |= np.int64(block[at + i]) << (8 * i)
+        word |= int(block[at + i]) << (8 * i)
     return word
 
 
@@ -93,7 +93,7 @@ def _put(out: Any, at: int, scale: Any, values: Any, point: int, signs: int) -> 
 @compiled
 def _nibble(block: Any, at: int, n: int) -> Any:
     """Returns the n-th half byte from a byte on, the low half first, as float32."""
-    return np.float32((np.int64(block[at + n // 2]) >> (4 * (n % 2))) & 15)
+    return np.float32((int(block[at + n // 2]) >> (4 * (n % 2))) & 15)
 
 
 @compiled
@@ -106,7 +106,7 @@ def _decode_iq2_xxs(blocks: Any, out: Any, values: Any) -> None:
                 word = _word_at(block, 6 + 8 * b)
                 scale = unit * (_HALF + np.float32(word >> 28)) * _QUARTER
                 for g in range(4):
-                    point, signs = np.int64(block[2 + 8 * b + g]), _odd_sign((word >> (7 * g)) & 127)
+                    point, signs = int(block[2 + 8 * b + g]), _odd_sign((word >> (7 * g)) & 127)
                     _put(out[r], _SUPER * s + 32 * b + 8 * g, scale, values, point, signs)
 
 
@@ -118,7 +118,7 @@ def _decode_iq2_xs(blocks: Any, out: Any, values: Any) -> None:
             unit = _half_at(block, 0)
             for g in range(32):
                 scale = unit * (_HALF + _nibble(block, 66, g // 2)) * _QUARTER
-                word = np.int64(block[2 + 2 * g]) | np.int64(block[3 + 2 * g]) << 8
+                word = int(block[2 + 2 * g]) | int(block[3 + 2 * g]) << 8
                 _put(out[r], _SUPER * s + 8 * g, scale, values, word & 511, _odd_sign(word >> 9))
 
 
@@ -130,9 +130,9 @@ def _decode_iq2_s(blocks: Any, out: Any, values: Any) -> None:
             unit = _half_at(block, 0)
             for g in range(32):
                 scale = unit * (_HALF + _nibble(block, 74, g // 2)) * _QUARTER
-                high = (np.int64(block[66 + g // 4]) >> (2 * (g % 4))) & 3
-                point = np.int64(block[2 + g]) | high << 8
-                _put(out[r], _SUPER * s + 8 * g, scale, values, point, np.int64(block[34 + g]))
+                high = (int(block[66 + g // 4]) >> (2 * (g % 4))) & 3
+                point = int(block[2 + g]) | high << 8
+                _put(out[r], _SUPER * s + 8 * g, scale, values, point, int(block[34 + g]))
 
 
 @compiled
@@ -146,7 +146,7 @@ def _decode_iq3_xxs(blocks: Any, out: Any, values: Any) -> None:
                 scale = unit * (_HALF + np.float32(word >> 28)) * _HALF
                 for g in range(8):
                     signs = _odd_sign((word >> (7 * (g // 2))) & 127) >> (4 * (g % 2))
-                    _put(out[r], _SUPER * s + 32 * b + 4 * g, scale, values, np.int64(block[2 + 8 * b + g]), signs)
+                    _put(out[r], _SUPER * s + 32 * b + 4 * g, scale, values, int(block[2 + 8 * b + g]), signs)
 
 
 @compiled
@@ -157,8 +157,8 @@ def _decode_iq3_s(blocks: Any, out: Any, values: Any) -> None:
             unit = _half_at(block, 0)
             for g in range(64):
                 scale = unit * (_ONE + _TWO * _nibble(block, 106, g // 8))
-                point = np.int64(block[2 + g]) | ((np.int64(block[66 + g // 8]) >> (g % 8)) & 1) << 8
-                signs = np.int64(block[74 + g // 2]) >> (4 * (g % 2))
+                point = int(block[2 + g]) | ((int(block[66 + g // 8]) >> (g % 8)) & 1) << 8
+                signs = int(block[74 + g // 2]) >> (4 * (g % 2))
                 _put(out[r], _SUPER * s + 4 * g, scale, values, point, signs)
 
 
@@ -176,11 +176,11 @@ def _decode_iq1_s(blocks: Any, out: Any, values: Any) -> None:
             block = blocks[r, 50 * s : 50 * (s + 1)]
             unit = _half_at(block, 0)
             for b in range(8):
-                word = np.int64(block[34 + 2 * b]) | np.int64(block[35 + 2 * b]) << 8
+                word = int(block[34 + 2 * b]) | int(block[35 + 2 * b]) << 8
                 scale = unit * (_ONE + _TWO * np.float32((word >> 12) & 7))
                 shift = -_EIGHTH if word >> 15 else _EIGHTH
                 for g in range(4):
-                    point = np.int64(block[2 + 4 * b + g]) | ((word >> (3 * g)) & 7) << 8
+                    point = int(block[2 + 4 * b + g]) | ((word >> (3 * g)) & 7) << 8
                     _put_shifted(out[r], _SUPER * s + 32 * b + 8 * g, scale, values, point, shift)
 
 
@@ -189,15 +189,15 @@ def _decode_iq1_m(blocks: Any, out: Any, values: Any) -> None:
     for r in range(out.shape[0]):
         for s in range(out.shape[1] // _SUPER):
             block = blocks[r, 56 * s : 56 * (s + 1)]
-            bits = np.int64(0)
+            bits = 0
             for i in range(4):
-                bits |= (np.int64(block[49 + 2 * i]) >> 4) << (4 * i)
+                bits |= (int(block[49 + 2 * i]) >> 4) << (4 * i)
             unit = from_half(np.uint16(bits))
             for g in range(32):
                 b = g // 2
-                word = np.int64(block[48 + 2 * (b // 4)]) | np.int64(block[49 + 2 * (b // 4)]) << 8
+                word = int(block[48 + 2 * (b // 4)]) | int(block[49 + 2 * (b // 4)]) << 8
                 scale = unit * (_ONE + _TWO * np.float32((word >> (3 * (b % 4))) & 7))
-                high = np.int64(block[32 + b]) >> (4 * (g % 2))
+                high = int(block[32 + b]) >> (4 * (g % 2))
                 shift = -_EIGHTH if high & 8 else _EIGHTH
-                point = np.int64(block[2 * b + g % 2]) | (high & 7) << 8
+                point = int(block[2 * b + g % 2]) | (high & 7) << 8
                 _put_shifted(out[r], _SUPER * s + 8 * g, scale, values, point, shift)

@@ -75,7 +75,8 @@ def room() -> Room:
     lanes, block = np.ones((4, LANES), np.float32), np.ones((3, 32), np.float32)
     key, picked = np.zeros(LANES, np.int32), np.zeros(8 * LANES, np.int32)
     q = np.ones(32 * LANES, np.float32)
-    return Room(lanes[0], lanes[1], key, picked, q, lanes[2], lanes[3], *block, np.zeros(8, np.int64))
+    chosen = np.zeros(8, np.int64)
+    return Room(lanes[0], lanes[1], key, picked, q, lanes[2], lanes[3], block[0], block[1], block[2], chosen)
 
 
 @compiled
@@ -114,7 +115,7 @@ def level(ratio: Any, top: Any) -> Any:
 def position(best: Any, tile: Any) -> int:
     """Returns the position of the smallest error, the first of equals: each lane's smallest, and its tile."""
     at = splat(_EIGHT) * tile + count_up()
-    return np.int64(lowest(choose(equal(best, splat(lowest(best))), at, splat(_FAR))))
+    return int(lowest(choose(equal(best, splat(lowest(best))), at, splat(_FAR))))
 
 
 @compiled
@@ -136,7 +137,7 @@ def nearest8(table: Any, missing: int, x: Any, cost: Any, scale: Any, shift: Any
         scale: float32.
         shift: float32, added to all numbers.
     """
-    first, last = np.int64(table.first[-1 - missing]), np.int64(table.first[-missing])
+    first, last = int(table.first[-1 - missing]), int(table.first[-missing])
     levels, s, up = table.levels, splat(scale), splat(shift)
     x0, x1, x2, x3, x4, x5, x6, x7 = _spread8(x)
     w0, w1, w2, w3, w4, w5, w6, w7 = _spread8(cost)
@@ -153,7 +154,7 @@ def nearest8(table: Any, missing: int, x: Any, cost: Any, scale: Any, shift: Any
         error = error + _term(s, load(levels, base + 56) + up, x7, w7)
         better = less(error, best)
         best, where = choose(better, error, best), choose(better, splat(np.float32(tile)), where)
-    return np.int64(table.names[position(best, where)])
+    return int(table.names[position(best, where)])
 
 
 @compiled
@@ -177,10 +178,10 @@ def points8(table: Any, r: Any, g: int, tried: int) -> None:
     x0, x1, x2, x3, x4, x5, x6, x7 = _spread8(size)
     w0, w1, w2, w3, w4, w5, w6, w7 = _spread8(r.root + 8 * g)
     for k in range(tried):
-        point = np.int64(table.where[r.key[k]])
+        point = int(table.where[r.key[k]])
         picked[k] = point
         if point < 0:
-            first, last = np.int64(table.first[-1 - point]), np.int64(table.first[-point])
+            first, last = int(table.first[-1 - point]), int(table.first[-point])
             s, best, where = splat(r.scale[k]), splat(_HUGE), splat(np.float32(first))
             for tile in range(first, last):
                 base = 64 * tile
@@ -194,7 +195,7 @@ def points8(table: Any, r: Any, g: int, tried: int) -> None:
                 error = error + _term(s, load(levels, base + 56), x7, w7)
                 better = less(error, best)
                 best, where = choose(better, error, best), choose(better, splat(np.float32(tile)), where)
-            point = np.int64(names[position(best, where)])
+            point = int(names[position(best, where)])
             picked[k] = -1 - point
         for i in range(8):
             q[LANES * i + k] = points[8 * point + i]
@@ -215,10 +216,10 @@ def points4(table: Any, r: Any, g: int, tried: int) -> None:
     x0, x1, x2, x3 = splat(size[0]), splat(size[1]), splat(size[2]), splat(size[3])
     w0, w1, w2, w3 = splat(cost[0]), splat(cost[1]), splat(cost[2]), splat(cost[3])
     for k in range(tried):
-        point = np.int64(table.where[r.key[k]])
+        point = int(table.where[r.key[k]])
         picked[k] = point
         if point < 0:
-            first, last = np.int64(table.first[-1 - point]), np.int64(table.first[-point])
+            first, last = int(table.first[-1 - point]), int(table.first[-point])
             s, best, where = splat(r.scale[k]), splat(_HUGE), splat(np.float32(first))
             for tile in range(first, last):
                 base = 32 * tile
@@ -228,7 +229,7 @@ def points4(table: Any, r: Any, g: int, tried: int) -> None:
                 error = error + _term(s, load(levels, base + 24), x3, w3)
                 better = less(error, best)
                 best, where = choose(better, error, best), choose(better, splat(np.float32(tile)), where)
-            point = np.int64(names[position(best, where)])
+            point = int(names[position(best, where)])
             picked[k] = -1 - point
         for i in range(4):
             q[LANES * i + k] = points[4 * point + i]

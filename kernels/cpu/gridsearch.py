@@ -89,7 +89,7 @@ def take_signs(x: Any, n: int, even: bool, r: Any, signs: Any) -> Any:
             price = cost * size * size
             cheapest = choose(equal(price, splat(lowest(price))), count_up(), splat(_FAR))
             first = splat(lowest(cheapest))
-            minus ^= 1 << np.int64(lowest(cheapest))
+            minus ^= 1 << int(lowest(cheapest))
             size = choose(equal(first, count_up()), zero - size, size)
         signs[i // WIDTH] = minus
         store(r.size, i, size)
@@ -108,15 +108,18 @@ def _points(table: Any, r: Any, g: int, tried: int) -> None:
 
 
 @compiled
-def _choose_again(table: Any, r: Any, n: int, groups: int, scale: Any) -> Any:
-    """Chooses the points of some groups (a mask) at a scale; returns the best scale for all points of the block."""
+def _choose_again(table: Any, r: Any, n: int, groups: int, scale: Any, once: int) -> Any:
+    """Chooses the points of some groups (a mask) at a scale; returns the best scale for all points of the block.
+
+    `once` is 1; as a constant it would have everything below compiled a second time.
+    """
     dim = table.dim
     r.inverse[0], r.scale[0] = _ONE / scale, scale
     sx, s2 = _ZERO, _ZERO
     for g in range(n // dim):
         if (groups >> g) & 1:
-            _points(table, r, g, np.int64(1))
-            point = np.int64(r.picked[LANES * g])
+            _points(table, r, g, once)
+            point = int(r.picked[LANES * g])
             r.chosen[g] = point if point >= 0 else -1 - point
         for i in range(dim):
             q, cost = table.points[r.chosen[g] * dim + i], r.weight[g * dim + i]
@@ -150,24 +153,24 @@ def search(table: Any, r: Any, n: int, numerators: Any, tried: int, most: Any, s
     for g in range(groups):
         _points(table, r, g, tried)
     sums(r, n, tried)
-    winner, best, scale = np.int64(-1), _ZERO, start
+    winner, best, scale = -1, _ZERO, start
     for k in range(tried):
         sx, s2 = r.sx[k], r.s2[k]
         if s2 > 0 and sx * sx > best * s2:
             scale = sx / s2
             best = scale * sx
             winner = k
-    off = np.int64(-1) if winner < 0 and again == ANY_OFF_GRID else np.int64(0)
+    off = -1 if winner < 0 and again == ANY_OFF_GRID else 0
     for g in range(groups):
-        point = np.int64(table.where[0]) if winner < 0 else np.int64(r.picked[LANES * g + winner])
+        point = int(table.where[0]) if winner < 0 else int(r.picked[LANES * g + winner])
         if point < 0:
             point = -1 - point
             off |= 1 << g
         r.chosen[g] = point
     if again == ALWAYS or (again == ANY_OFF_GRID and off != 0):
-        off = np.int64(-1)
+        off = -1
     if off != 0 and scale > 0:
-        scale = _choose_again(table, r, n, off, scale)
+        scale = _choose_again(table, r, n, off, scale, min(tried, 1))
     return scale
 
 
@@ -186,7 +189,7 @@ def positive_scale(r: Any, n: int, top: int) -> Any:
     scale = _ONE / inverse
     least = _ZERO
     for i in range(n):
-        rest = x[i] - scale * np.float32(np.int64(wrapped(inverse * x[i])) & 255)
+        rest = x[i] - scale * np.float32(int(wrapped(inverse * x[i])) & 255)
         least += weight[i] * rest * rest
     # Eight more inverse scales, limit - 0.4 to limit + 0.4 without the one above, as lanes.
     steps = count_up() - splat(np.float32(4))
@@ -212,7 +215,7 @@ def _polished(r: Any, n: int, limit: Any, inverse: Any) -> Any:
     sx, s2 = _ZERO, _ZERO
     for i in range(n):
         q = min(limit, wrapped(inverse * x[i]))
-        levels[i] = np.int64(q) & 255
+        levels[i] = int(q) & 255
         sx += weight[i] * x[i] * q
         s2 += weight[i] * q * q
     for _ in range(5):
@@ -226,7 +229,7 @@ def _polished(r: Any, n: int, limit: Any, inverse: Any) -> Any:
                     other_sx += weight[i] * x[i] * new
                     other_s2 += weight[i] * new * new
                     if other_sx * other_sx * s2 > sx * sx * other_s2:
-                        levels[i] = np.int64(new) & 255
+                        levels[i] = int(new) & 255
                         sx, s2, changed = other_sx, other_s2, True
         if not changed:
             break

@@ -67,7 +67,8 @@ class Sums(NamedTuple):
 def room() -> Sums:
     """Returns room for the sums of a block."""
     rows = np.zeros((4, _WIDTH), np.float32)
-    return Sums(*rows, np.zeros(33 * 4 * _WIDTH, np.float32), np.zeros(_WIDTH, np.float32), np.zeros(32, np.float32))
+    scores, tops, rank = (np.zeros(size, np.float32) for size in (33 * 4 * _WIDTH, _WIDTH, 32))
+    return Sums(rows[0], rows[1], rows[2], rows[3], scores, tops, rank)
 
 
 @compiled
@@ -93,7 +94,7 @@ def sort(x: Any, n: int, sums: Any, order: Any) -> None:
             rank = rank + choose(less(splat(np.float32(j)), place), not_greater, smaller)
         store(sums.rank, i, rank)
     for i in range(n):
-        order[np.int64(sums.rank[i])] = i
+        order[int(sums.rank[i])] = i
 
 
 @compiled
@@ -155,7 +156,7 @@ def split_one(n: int, sums: Any) -> Any:
     best = _judge_one(n, sums)
     tx, tw = sums.x[n], sums.w[n]
     limit = best * _CLOSE if _SMALL < best * tw < _LARGE else _ANY
-    score, first, second, shift, scale = _WORST, np.int64(-1), np.int64(-1), np.int64(0), _ZERO
+    score, first, second, shift, scale = _WORST, -1, -1, 0, _ZERO
     for i in range(n + 1):
         if sums.tops[i] < limit:
             continue
@@ -225,7 +226,7 @@ def split_two(n: int, sums: Any) -> Any:
     """Returns the best split of a block whose halves have a shift each."""
     best = _judge_two(n, sums)
     limit = best * _CLOSE if _SMALL < best * (sums.w[n] + sums.second_w[n]) < _LARGE else _ANY
-    score, first, second, shift, scale = _WORST, np.int64(-1), np.int64(-1), np.int64(0), _ZERO
+    score, first, second, shift, scale = _WORST, -1, -1, 0, _ZERO
     for i in range(n + 1):
         if sums.tops[i] < limit:
             continue

@@ -21,18 +21,23 @@ import operator
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from llvmlite import ir
+from llvmlite import ir  # type: ignore[import-untyped]
 from numba.core import cgutils, types
-from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
+from numba.core.typing.templates import ConcreteTemplate, infer_global
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
 WIDTH = 8
+
+# numba's own annotations do not fit functions that are only ever compiled.
+_infer_global: Callable[..., Callable[[Any], Any]] = infer_global
+_lower_builtin: Callable[..., Callable[[Any], Any]] = lower_builtin
+_intrinsic: Callable[[Any], Any] = intrinsic
 
 _FLOAT, _INT = ir.FloatType(), ir.IntType(32)
 _FLOATS, _INTS, _BOOLS, _BYTES = (ir.VectorType(kind, WIDTH) for kind in (_FLOAT, _INT, ir.IntType(1), ir.IntType(8)))
 
 
-class _Vector(types.Type):  # type: ignore[misc]
+class _Vector(types.Type):
     """A numba type that LLVM keeps in vector registers."""
 
 
@@ -40,9 +45,9 @@ _LANES, _MASK = _Vector(name="Lanes"), _Vector(name="LanesMask")
 
 
 @register_model(_Vector)
-class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
+class _VectorModel(models.PrimitiveModel):
     def __init__(self, manager: Any, kind: Any) -> None:
-        super().__init__(manager, kind, _FLOATS if kind == _LANES else _BOOLS)
+        super().__init__(manager, kind, _FLOATS if kind == _LANES else _BOOLS)  # type: ignore[no-untyped-call]
 
 
 def _constant(value: float) -> ir.Constant:
@@ -72,11 +77,11 @@ def _most(builder: Any, a: Any, b: Any) -> Any:
 
 
 def _define_operator(function: Callable[..., Any], name: str) -> None:
-    @infer_global(function)
-    class _Typing(ConcreteTemplate):  # type: ignore[misc]
-        cases: ClassVar = [signature(_LANES, _LANES, _LANES)]
+    @_infer_global(function)
+    class _Typing(ConcreteTemplate):
+        cases: ClassVar = [_LANES(_LANES, _LANES)]
 
-    @lower_builtin(function, _LANES, _LANES)  # type: ignore[untyped-decorator]
+    @_lower_builtin(function, _LANES, _LANES)
     def _lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return getattr(builder, name)(*args)
 
@@ -90,26 +95,26 @@ def _spread(builder: Any, number: Any) -> Any:
     return builder.shuffle_vector(one, one, ir.Constant(_INTS, [0] * WIDTH))
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@_intrinsic
 def splat(typing: Any, number: Any) -> Any:
     """Returns a float32 in all lanes."""
     return _LANES(types.float32), lambda context, builder, sig, args: _spread(builder, args[0])
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@_intrinsic
 def load(typing: Any, pointer: Any, at: Any) -> Any:
     """Returns eight numbers from pointer[at] on, float32 or int8."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         if pointer.dtype == types.float32:
-            return builder.load(_vector_at(builder, *args, _FLOATS), align=4)
-        values = builder.load(_vector_at(builder, *args, _BYTES), align=1)
+            return builder.load(_vector_at(builder, args[0], args[1], _FLOATS), align=4)
+        values = builder.load(_vector_at(builder, args[0], args[1], _BYTES), align=1)
         return builder.sitofp(builder.sext(values, _INTS), _FLOATS)
 
     return _LANES(pointer, types.intp), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@_intrinsic
 def store(typing: Any, pointer: Any, at: Any, value: Any) -> Any:
     """Writes eight float32 numbers from pointer[at] on."""
 
@@ -119,7 +124,7 @@ def store(typing: Any, pointer: Any, at: Any, value: Any) -> Any:
     return types.void(pointer, types.intp, _LANES), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@_intrinsic
 def store_whole(typing: Any, pointer: Any, at: Any, value: Any) -> Any:
     """Writes eight whole numbers as int32 from pointer[at] on."""
 
@@ -130,7 +135,7 @@ def store_whole(typing: Any, pointer: Any, at: Any, value: Any) -> Any:
     return types.void(pointer, types.intp, _LANES), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@_intrinsic
 def count_up(typing: Any) -> Any:
     """Returns 0, 1, .. 7."""
 
@@ -140,54 +145,55 @@ def count_up(typing: Any) -> Any:
     return _LANES(), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@_intrinsic
 def minimum(typing: Any, a: Any, b: Any) -> Any:
     """Returns `a` where it is less, else `b`."""
     return _LANES(_LANES, _LANES), lambda context, builder, sig, args: _least(builder, *args)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@_intrinsic
 def maximum(typing: Any, a: Any, b: Any) -> Any:
     """Returns `a` where it is greater, else `b`."""
     return _LANES(_LANES, _LANES), lambda context, builder, sig, args: _most(builder, *args)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@_intrinsic
 def less(typing: Any, a: Any, b: Any) -> Any:
     """Returns where `a` is less than `b`, as a mask."""
     return _MASK(_LANES, _LANES), lambda context, builder, sig, args: builder.fcmp_ordered("<", *args)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@_intrinsic
 def equal(typing: Any, a: Any, b: Any) -> Any:
     """Returns where two are equal, as a mask."""
     return _MASK(_LANES, _LANES), lambda context, builder, sig, args: builder.fcmp_ordered("==", *args)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@_intrinsic
 def choose(typing: Any, mask: Any, a: Any, b: Any) -> Any:
     """Returns `a` where the mask is set, else `b`."""
     return _LANES(_MASK, _LANES, _LANES), lambda context, builder, sig, args: builder.select(*args)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@_intrinsic
 def root(typing: Any, value: Any) -> Any:
     """Returns square roots."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         name, kind = f"llvm.sqrt.v{WIDTH}f32", ir.FunctionType(_FLOATS, [_FLOATS])
-        return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args)
+        function = cgutils.get_or_insert_function(builder.module, kind, name)  # type: ignore[no-untyped-call]
+        return builder.call(function, args)
 
     return _LANES(_LANES), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@_intrinsic
 def whole(typing: Any, value: Any) -> Any:
     """Returns the nearest whole numbers, ties to even; beyond 2**22 what llama.cpp makes of them (gridscan.wrapped)."""
     return _LANES(_LANES), lambda context, builder, sig, args: _whole(builder, args[0])
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@_intrinsic
 def level(typing: Any, ratio: Any, top: Any) -> Any:
     """Returns the levels 0..top whose odd numbers 2 * level + 1 are nearest to ratios."""
 
@@ -198,7 +204,7 @@ def level(typing: Any, ratio: Any, top: Any) -> Any:
     return _LANES(_LANES, _LANES), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@_intrinsic
 def bits(typing: Any, mask: Any) -> Any:
     """Returns a mask as a number: bit i is lane i."""
 
@@ -215,13 +221,13 @@ def _extreme(builder: Any, value: Any, better: Callable[..., Any]) -> Any:
     return builder.extract_element(value, ir.Constant(_INT, 0))
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@_intrinsic
 def lowest(typing: Any, value: Any) -> Any:
     """Returns the smallest lane, float32."""
     return types.float32(_LANES), lambda context, builder, sig, args: _extreme(builder, args[0], _least)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@_intrinsic
 def highest(typing: Any, value: Any) -> Any:
     """Returns the largest lane, float32."""
     return types.float32(_LANES), lambda context, builder, sig, args: _extreme(builder, args[0], _most)

@@ -15,14 +15,20 @@ use these.
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 from numba.core import types
-from numba.core.typing.templates import AbstractTemplate, infer_global, signature
+from numba.core.typing.templates import AbstractTemplate, infer_global
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
+# numba's own annotations do not fit functions that are only ever compiled.
+_infer_global: Callable[..., Callable[[Any], Any]] = infer_global
+_lower_builtin: Callable[..., Callable[[Any], Any]] = lower_builtin
+_intrinsic: Callable[[Any], Any] = intrinsic
 
-class Raw(types.Type):  # type: ignore[misc]
+
+class Raw(types.Type):
     """The numba type of a pointer."""
 
     def __init__(self, dtype: Any) -> None:
@@ -31,12 +37,13 @@ class Raw(types.Type):  # type: ignore[misc]
 
 
 @register_model(Raw)
-class _RawModel(models.PrimitiveModel):  # type: ignore[misc]
+class _RawModel(models.PrimitiveModel):
     def __init__(self, manager: Any, kind: Any) -> None:
-        super().__init__(manager, kind, manager.lookup(kind.dtype).get_data_type().as_pointer())
+        element = manager.lookup(kind.dtype).get_data_type()
+        super().__init__(manager, kind, element.as_pointer())  # type: ignore[no-untyped-call]
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@_intrinsic
 def raw(typing: Any, array: Any) -> Any:
     """Returns a pointer to the first element of a C-contiguous array."""
 
@@ -46,35 +53,35 @@ def raw(typing: Any, array: Any) -> Any:
     return Raw(array.dtype)(array), generate
 
 
-def is_indexed(args: Any) -> bool:
+def _is_indexed(args: Any) -> bool:
     """Returns whether the first two types are a pointer and an integer."""
     return isinstance(args[0], Raw) and isinstance(args[1], types.Integer)
 
 
-@infer_global(operator.getitem)
-class _GetTyping(AbstractTemplate):  # type: ignore[misc]
+@_infer_global(operator.getitem)
+class _GetTyping(AbstractTemplate):
     def generic(self, args: Any, kws: Any) -> Any:
-        return signature(args[0].dtype, args[0], types.intp) if is_indexed(args) else None
+        return args[0].dtype(args[0], types.intp) if _is_indexed(args) else None
 
 
-@infer_global(operator.setitem)
-class _SetTyping(AbstractTemplate):  # type: ignore[misc]
+@_infer_global(operator.setitem)
+class _SetTyping(AbstractTemplate):
     def generic(self, args: Any, kws: Any) -> Any:
-        return signature(types.none, args[0], types.intp, args[2]) if is_indexed(args) else None
+        return types.none(args[0], types.intp, args[2]) if _is_indexed(args) else None
 
 
-@infer_global(operator.add)
-class _AddTyping(AbstractTemplate):  # type: ignore[misc]
+@_infer_global(operator.add)
+class _AddTyping(AbstractTemplate):
     def generic(self, args: Any, kws: Any) -> Any:
-        return signature(args[0], args[0], types.intp) if is_indexed(args) else None
+        return args[0](args[0], types.intp) if _is_indexed(args) else None
 
 
-@lower_builtin(operator.getitem, Raw, types.Integer)  # type: ignore[untyped-decorator]
+@_lower_builtin(operator.getitem, Raw, types.Integer)
 def _get(context: Any, builder: Any, sig: Any, args: Any) -> Any:
     return context.unpack_value(builder, sig.args[0].dtype, builder.gep(args[0], [args[1]]))
 
 
-@lower_builtin(operator.setitem, Raw, types.Integer, types.Any)  # type: ignore[untyped-decorator]
+@_lower_builtin(operator.setitem, Raw, types.Integer, types.Any)
 def _set(context: Any, builder: Any, sig: Any, args: Any) -> Any:
     dtype = sig.args[0].dtype
     value = context.cast(builder, args[2], sig.args[2], dtype)
@@ -82,6 +89,6 @@ def _set(context: Any, builder: Any, sig: Any, args: Any) -> Any:
     return context.get_dummy_value()
 
 
-@lower_builtin(operator.add, Raw, types.Integer)  # type: ignore[untyped-decorator]
+@_lower_builtin(operator.add, Raw, types.Integer)
 def _add(context: Any, builder: Any, sig: Any, args: Any) -> Any:
     return builder.gep(args[0], [args[1]])
