@@ -1,4 +1,4 @@
-"""Weights to encode, and llama.cpp's encoders to compare with. `python tests/ggml_cases.py FOLDER` renews the golden file.
+"""Weights to encode, and llama.cpp's encoders. `python tests/ggml_cases.py FOLDER` renews the golden file.
 
 The weights are made of integers with exact arithmetic, so that every machine has the same.
 """

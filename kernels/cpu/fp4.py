@@ -79,7 +79,7 @@ def _encode_mxfp4(x: Any, bits: Any, out: Any, levels: Any) -> None:
         code = 0
         if largest > _ZERO:
             # In float32 the logarithm just below a power of two can be that power's.
-            code = int(math.floor(np.float32(math.log2(np.float64(largest))))) + 125 & 255
+            code = math.floor(np.float32(math.log2(np.float64(largest)))) + 125 & 255
             code = 0 if code == 255 else code  # that would be NaN; only below 2**-125
         to = at // 32 * 17
         out[to] = code

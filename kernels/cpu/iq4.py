@@ -6,6 +6,7 @@ that llama.cpp compares close to them, hence both decide alike. A value halfway 
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from quantize.kernels.cpu.search import LANES, SCALE, TILE, TINY, nearest
 _BLOCK, _SUPER = 32, 256
 _ZERO, _ONE, _TWO, _LOWEST = np.float32(0), np.float32(1), np.float32(2), np.float32(-127)
 # Rows of the searches' `state` beside SCALE.
-_LARGEST, _BEST, _TRY, _QX, _QQ = (row * LANES for row in range(1, 6))
+_BEST, _NEXT, _LARGEST, _TRY, _QX, _QQ = (row * LANES for row in (1, 2, 4, 5, 6, 7))
 
 VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
@@ -53,7 +54,7 @@ def _value(v: Any) -> Any:
     return pick(v >= np.float32(101), np.float32(113), q)
 
 
-_HALFWAY = tuple(np.float32((a + b) / 2) for a, b in zip(VALUES, VALUES[1:], strict=False))
+_HALFWAY = tuple(np.float32((a + b) / 2) for a, b in pairwise(VALUES))
 
 
 @lean
@@ -106,12 +107,7 @@ def _variances(x: Any, start: int, count: int, size: int, variance: Any) -> None
 @lean
 def _search(x: Any, w: Any, state: Any) -> None:
     """Sets SCALE of each lane by weighted least squares over 16 candidates; 0 for a block of zeros."""
-    for k in range(LANES):
-        state[_LARGEST + k] = _ZERO
-    for i in range(0, TILE, LANES):
-        for k in range(LANES):
-            v, m = x[i + k], state[_LARGEST + k]
-            state[_LARGEST + k] = pick(abs(v) > abs(m), v, m)
+    search.find_largest(x, _BLOCK, state[_LARGEST : _LARGEST + LANES])
     for k in range(LANES):
         state[_TRY + k] = _ONE / (-state[_LARGEST + k] / _LOWEST)
     _sums(x, w, state)
@@ -127,8 +123,10 @@ def _search(x: Any, w: Any, state: Any) -> None:
             qx, qq = state[_QX + k], state[_QQ + k]
             better = (qq > _ZERO) & (qx * qx > state[_BEST + k] * qq)
             scale = qx / qq
-            state[SCALE + k] = pick(better, scale, state[SCALE + k])
-            state[_BEST + k] = pick(better, scale * qx, state[_BEST + k])
+            state[_NEXT + SCALE + k] = pick(better, scale, state[SCALE + k])
+            state[_NEXT + _BEST + k] = pick(better, scale * qx, state[_BEST + k])
+        for k in range(2 * LANES):
+            state[k] = state[_NEXT + k]
     for k in range(LANES):
         if abs(state[_LARGEST + k]) < TINY:
             state[SCALE + k] = _ZERO

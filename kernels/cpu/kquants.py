@@ -1,4 +1,4 @@
-"""Encoders of Q2_K to Q6_K: super-blocks of 256 weights in sub-blocks of 16 or 32 with scales (and offsets) of their own.
+"""Encoders of Q2_K to Q6_K: super-blocks of 256 weights in sub-blocks of 16 or 32 with scales (and offsets) each.
 
 The sub-blocks go through the lane searches 64 at a time, that is 4 or 8 super-blocks. Then each super-block is
 finished by itself: its scales are rounded, its levels chosen once more for the rounded scales, and packed.
@@ -93,6 +93,9 @@ def _encode_offset(x: Any, importance: Any, out: Any, bits: int, space: Any, roo
             else:
                 d, dmin = _round_scales(state, lane, per, np.float32(63), importance.size > 0, codes, offsets)
                 d, dmin = packing.put_half(d, out, at), packing.put_half(dmin, out, at + 2)
+                if bits == 5:  # llama.cpp limits wrapped codes here, and does not for Q4_K
+                    for j in range(8):
+                        codes[j], offsets[j] = min(codes[j], 63), min(offsets[j], 63)
                 packing.pack_scale_pairs(codes, offsets, out, at + 4)
                 top = np.float32((1 << bits) - 1)
                 _choose_offset(block, state, lane, length, d, dmin, codes, offsets, top, packed)

@@ -1,4 +1,4 @@
-"""How loops without memory of their own are compiled, and a selection that stays one."""
+"""How loops without memory of their own are compiled, and selections that stay such."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def lean(function: _F) -> _F:
 def pick(typing_context: Any, condition: Any, one: Any, other: Any) -> Any:
     """Returns `one if condition else other`, as a selection and never as a branch.
 
-    The compiler makes of `a[i] = b if c else a[i]` a store under a condition, and such vector stores are slow.
+    Still, where it is stored to the place that `other` was loaded from, the compiler makes a store under a condition
+    of it, and that is many times slower than storing either: loops here store elsewhere and copy.
     """
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:

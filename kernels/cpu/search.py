@@ -22,24 +22,25 @@ LANES = 64
 LONGEST = 32  # values in a block at most
 TILE = LANES * LONGEST
 
-# Rows of `state`. The results come first.
+# Rows of `state`. First what an accepted candidate changes, then as many rows for what that will be.
 SCALE = 0
-LOW = 1 * LANES  # the value that level 0 stands for
-INVERSE = 2 * LANES  # levels are those of (x - BASE) * INVERSE ...
-BASE = 3 * LANES
-WEIGHT = 4 * LANES  # sum of the weights
-_SUM_X = 5 * LANES
-_HIGH = 6 * LANES
-_FLOOR = 7 * LANES
-_BEST = 8 * LANES
-_TRY = 9 * LANES  # the candidate's inverse scale
-_TRY_SCALE = 10 * LANES
-_TRY_LOW = 11 * LANES
-_ERROR = 12 * LANES
-_L = 13 * LANES
-_LL = 14 * LANES
-_XL = 15 * LANES
-STATE = 16 * LANES
+INVERSE = 1 * LANES  # levels are those of (x - BASE) * INVERSE
+_BEST = 2 * LANES
+LOW = 3 * LANES  # the value that level 0 stands for
+BASE = 4 * LANES
+_NEXT = 5 * LANES
+WEIGHT = 10 * LANES  # sum of the weights
+_SUM_X = 11 * LANES
+_HIGH = 12 * LANES
+_FLOOR = 13 * LANES
+_TRY = 14 * LANES  # the candidate's INVERSE
+_TRY_SCALE = 15 * LANES
+_TRY_LOW = 16 * LANES
+_ERROR = 17 * LANES
+_L = 18 * LANES
+_LL = 19 * LANES
+_XL = 20 * LANES
+STATE = 21 * LANES
 
 TINY = np.float32(1e-15)  # a block below it is zero
 _ZERO, _ONE = np.float32(0), np.float32(1)
@@ -48,7 +49,7 @@ _ALMOST_HALF = np.float32(0.4999)
 
 
 def workspace() -> tuple[Any, ...]:
-    """Returns float32 arrays to work in: five tiles, a `state` of two (see `refine_signed`), and one row for variances."""
+    """Returns float32 arrays to work in: five tiles, a `state` with room for two, and a row for variances."""
     tiles = [np.zeros(TILE, np.float32) for _ in range(5)]
     return (*tiles, np.zeros(2 * STATE, np.float32), np.zeros(LANES, np.float32))
 
@@ -282,11 +283,13 @@ def _errors(x: Any, w: Any, levels: Any, length: int, absolute: bool, state: Any
 def _accept_offset(state: Any) -> None:
     for k in range(LANES):
         better = (state[_L + k] > _ZERO) & (state[_ERROR + k] < state[_BEST + k])
-        state[_BEST + k] = pick(better, state[_ERROR + k], state[_BEST + k])
-        state[SCALE + k] = pick(better, state[_TRY_SCALE + k], state[SCALE + k])
-        state[INVERSE + k] = pick(better, state[_TRY + k], state[INVERSE + k])
-        state[BASE + k] = pick(better, state[LOW + k], state[BASE + k])
-        state[LOW + k] = pick(better, state[_TRY_LOW + k], state[LOW + k])  # later candidates start from it
+        state[_NEXT + SCALE + k] = pick(better, state[_TRY_SCALE + k], state[SCALE + k])
+        state[_NEXT + INVERSE + k] = pick(better, state[_TRY + k], state[INVERSE + k])
+        state[_NEXT + _BEST + k] = pick(better, state[_ERROR + k], state[_BEST + k])
+        state[_NEXT + LOW + k] = pick(better, state[_TRY_LOW + k], state[LOW + k])
+        state[_NEXT + BASE + k] = pick(better, state[LOW + k], state[BASE + k])  # that of this candidate's levels
+    for k in range(5 * LANES):
+        state[k] = state[_NEXT + k]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -305,7 +308,7 @@ def search_signed(x: Any, w: Any, wx: Any, length: int, top: Any, state: Any) ->
         top: Levels on one side, float32.
         state: SCALE and INVERSE are set: levels are those of x * INVERSE; 0 for a block of zeros.
     """
-    _largest(x, length, state)
+    find_largest(x, length, state[_HIGH : _HIGH + LANES])
     for i in range(length * LANES):
         wx[i] = w[i] * x[i]
     for k in range(LANES):
@@ -328,15 +331,17 @@ def search_signed(x: Any, w: Any, wx: Any, length: int, top: Any, state: Any) ->
 
 
 @lean
-def _largest(x: Any, length: int, state: Any) -> None:
-    """Sets _HIGH to the value of largest size, the first of several."""
+def find_largest(x: Any, length: int, largest: Any) -> None:
+    """Sets `largest` (float32 [64]) to each lane's value of largest size, the first of several."""
     for k in range(LANES):
-        state[_HIGH + k] = _ZERO
-    for i in range(0, length * LANES, LANES):
-        values = x[i : i + LANES]
+        largest[k] = _ZERO
+    for i in range(0, length * LANES, 4 * LANES):
+        values = x[i : i + 4 * LANES]
         for k in range(LANES):
-            v, m = values[k], state[_HIGH + k]
-            state[_HIGH + k] = pick(abs(v) > abs(m), v, m)
+            m = largest[k]
+            for j in range(0, 4 * LANES, LANES):
+                m = pick(abs(values[j + k]) > abs(m), values[j + k], m)
+            largest[k] = m
 
 
 @lean
@@ -362,9 +367,11 @@ def _accept_signed(state: Any) -> None:
         sxl, sll = state[_XL + k], state[_LL + k]
         better = (sll > _ZERO) & (sxl * sxl > state[_BEST + k] * sll)
         scale = sxl / sll
-        state[SCALE + k] = pick(better, scale, state[SCALE + k])
-        state[_BEST + k] = pick(better, scale * sxl, state[_BEST + k])
-        state[INVERSE + k] = pick(better, state[_TRY + k], state[INVERSE + k])
+        state[_NEXT + SCALE + k] = pick(better, scale, state[SCALE + k])
+        state[_NEXT + INVERSE + k] = pick(better, state[_TRY + k], state[INVERSE + k])
+        state[_NEXT + _BEST + k] = pick(better, scale * sxl, state[_BEST + k])
+    for k in range(3 * LANES):
+        state[k] = state[_NEXT + k]
 
 
 @lean
@@ -375,32 +382,37 @@ def settle_signed(x: Any, length: int, top: Any, state: Any) -> None:
         x: Tile of values.
         length: Values in a block.
         top: Levels on one side, float32.
-        state: SCALE is set; WEIGHT becomes 0 for settled lanes and 1 for those that need `refine_signed`.
+        state: SCALE is set; WEIGHT becomes 0 for settled lanes and more for those that need `refine_signed`.
     """
     low, high = -top, top - _ONE
-    _largest(x, length, state)
+    find_largest(x, length, state[_HIGH : _HIGH + LANES])
     for k in range(LANES):
         state[_TRY + k] = -top / state[_HIGH + k]
         state[_LL + k] = state[_XL + k] = state[WEIGHT + k] = _ZERO
-    for i in range(0, length * LANES, LANES):
-        values = x[i : i + LANES]
+    for i in range(0, length * LANES, 4 * LANES):
+        values = x[i : i + 4 * LANES]
         for k in range(LANES):
-            v = values[k]
-            q = _near_level(state[_TRY + k] * v, low, high)
-            state[_XL + k] += v * v * v * q
-            state[_LL + k] += v * v * q * q
-    for i in range(0, length * LANES, LANES):
-        values = x[i : i + LANES]
+            sxl, sll = state[_XL + k], state[_LL + k]
+            for j in range(0, 4 * LANES, LANES):
+                v = values[j + k]
+                q = _near_level(state[_TRY + k] * v, low, high)
+                sxl += v * v * v * q
+                sll += v * v * q * q
+            state[_XL + k], state[_LL + k] = sxl, sll
+    for i in range(0, length * LANES, 4 * LANES):
+        values = x[i : i + 4 * LANES]
         for k in range(LANES):
-            v = values[k]
-            q = _near_level(state[_TRY + k] * v, low, high)
-            a = state[_XL + k] - v * v * v * q
-            b = state[_LL + k] - v * v * q * q
-            # The new level is that nearest to v * b / a: without a division, with a margin, and false for NaN.
-            new = pick(v * b > low * a, v * b, low * a)
-            new = pick(new < high * a, new, high * a)
-            stays = (a <= _ZERO) | (abs(new - q * a) < _ALMOST_HALF * a)
-            state[WEIGHT + k] = pick(stays, state[WEIGHT + k], _ONE)
+            sxl, sll, moves = state[_XL + k], state[_LL + k], state[WEIGHT + k]
+            for j in range(0, 4 * LANES, LANES):
+                v = values[j + k]
+                q = _near_level(state[_TRY + k] * v, low, high)
+                a = sxl - v * v * v * q
+                b = sll - v * v * q * q
+                # The new level is that nearest to v * b / a: without a division, with a margin, and false for NaN.
+                new = pick(v * b > low * a, v * b, low * a)
+                new = pick(new < high * a, new, high * a)
+                moves += pick((a <= _ZERO) | (abs(new - q * a) < _ALMOST_HALF * a), _ZERO, _ONE)
+            state[WEIGHT + k] = moves
     for k in range(LANES):
         sll, zero = state[_LL + k], abs(state[_HIGH + k]) < TINY
         scale = pick(sll > _ZERO, state[_XL + k] / sll, _ZERO)
@@ -422,7 +434,7 @@ def refine_signed(x: Any, w: Any, wx: Any, levels: Any, length: int, top: Any, s
         state: SCALE is set.
     """
     low, high = -top, top - _ONE
-    _largest(x, length, state)
+    find_largest(x, length, state[_HIGH : _HIGH + LANES])
     for i in range(length * LANES):
         w[i] = x[i] * x[i]
         wx[i] = w[i] * x[i]
@@ -462,7 +474,6 @@ def _sweep(x: Any, w: Any, wx: Any, levels: Any, length: int, low: Any, high: An
         )
         for k in range(LANES):
             sxl, sll, changes = state[_XL + k], state[_LL + k], state[_ERROR + k]
-            # Two values at once, and a level plus its change: else there are stores under a condition again.
             for j in range(0, 2 * LANES, LANES):
                 q = found[j + k]
                 a = sxl - products[j + k] * q
@@ -473,7 +484,7 @@ def _sweep(x: Any, w: Any, wx: Any, levels: Any, length: int, low: Any, high: An
                 better = (a > _ZERO) & (new != q) & (d > _ZERO) & (c * c * sll > sxl * sxl * d)
                 sxl, sll = pick(better, c, sxl), pick(better, d, sll)
                 changes = pick(better, _ONE, changes)
-                found[j + k] = q + pick(better, new - q, _ZERO)
+                found[j + k] = q + pick(better, new - q, _ZERO)  # a plain `pick` would be slow: see there
             state[_XL + k], state[_LL + k], state[_ERROR + k] = sxl, sll, changes
     changed = _ZERO
     for k in range(LANES):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import gguf
 import ggml_cases
+import gguf
 import numpy as np
 import pytest
 from hypothesis import given, settings
