@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from quantize.kernels.cpu.grids import codebook
+from quantize.kernels.cpu.lanes import load, splat, store
 from quantize.kernels.cpu.numeric import compiled, from_half
+from quantize.kernels.cpu.raw import raw
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -23,29 +25,36 @@ def _values(name: str) -> NDArray[np.float32]:
     return codebook(name).values
 
 
+@cache
+def _signs() -> NDArray[np.float32]:
+    """Returns 1 and -1 for each byte of sign bits, [256 * 8]."""
+    bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+    return (1 - 2 * bits.astype(np.float32)).ravel()
+
+
 def decode_iq2_xxs(blocks: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
     """Decodes rows; ggml.py has the contract."""
-    _decode_iq2_xxs(blocks, out, _values("iq2_xxs"))
+    _decode_iq2_xxs(blocks, out, _values("iq2_xxs"), _signs())
 
 
 def decode_iq2_xs(blocks: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
     """Decodes rows; ggml.py has the contract."""
-    _decode_iq2_xs(blocks, out, _values("iq2_xs"))
+    _decode_iq2_xs(blocks, out, _values("iq2_xs"), _signs())
 
 
 def decode_iq2_s(blocks: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
     """Decodes rows; ggml.py has the contract."""
-    _decode_iq2_s(blocks, out, _values("iq2_s"))
+    _decode_iq2_s(blocks, out, _values("iq2_s"), _signs())
 
 
 def decode_iq3_xxs(blocks: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
     """Decodes rows; ggml.py has the contract."""
-    _decode_iq3_xxs(blocks, out, _values("iq3_xxs"))
+    _decode_iq3_xxs(blocks, out, _values("iq3_xxs"), _signs())
 
 
 def decode_iq3_s(blocks: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
     """Decodes rows; ggml.py has the contract."""
-    _decode_iq3_s(blocks, out, _values("iq3_s"))
+    _decode_iq3_s(blocks, out, _values("iq3_s"), _signs())
 
 
 def decode_iq1_s(blocks: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
@@ -83,11 +92,16 @@ def _odd_sign(bits: int) -> int:
 
 
 @compiled
-def _put(out: Any, at: int, scale: Any, values: Any, point: int, signs: int) -> None:
-    """Writes the weights of one point with their signs."""
-    for i in range(values.shape[1]):
-        value = scale * values[point, i]
-        out[at + i] = -value if (signs >> i) & 1 else value
+def _put8(out: Any, scale: Any, point: Any, signs: Any) -> None:
+    """Writes the 8 weights of a point with their signs."""
+    store(out, 0, splat(scale) * load(point, 0) * load(signs, 0))
+
+
+@compiled
+def _put4(out: Any, scale: Any, point: Any, signs: Any) -> None:
+    """Writes the 4 weights of a point with their signs."""
+    for i in range(4):
+        out[i] = scale * point[i] * signs[i]
 
 
 @compiled
@@ -97,69 +111,80 @@ def _nibble(block: Any, at: int, n: int) -> Any:
 
 
 @compiled
-def _decode_iq2_xxs(blocks: Any, out: Any, values: Any) -> None:
+def _decode_iq2_xxs(blocks: Any, out: Any, values: Any, signs: Any) -> None:
+    points, table = raw(values), raw(signs)
     for r in range(out.shape[0]):
         for s in range(out.shape[1] // _SUPER):
-            block = blocks[r, 66 * s : 66 * (s + 1)]
+            block = raw(blocks) + r * blocks.shape[1] + 66 * s
+            to = raw(out) + r * out.shape[1] + _SUPER * s
             unit = _half_at(block, 0)
             for b in range(8):
                 word = _word_at(block, 6 + 8 * b)
                 scale = unit * (_HALF + np.float32(word >> 28)) * _QUARTER
                 for g in range(4):
-                    point, signs = int(block[2 + 8 * b + g]), _odd_sign((word >> (7 * g)) & 127)
-                    _put(out[r], _SUPER * s + 32 * b + 8 * g, scale, values, point, signs)
+                    at, bits = int(block[2 + 8 * b + g]), _odd_sign((word >> (7 * g)) & 127)
+                    _put8(to + 32 * b + 8 * g, scale, points + 8 * at, table + 8 * bits)
 
 
 @compiled
-def _decode_iq2_xs(blocks: Any, out: Any, values: Any) -> None:
+def _decode_iq2_xs(blocks: Any, out: Any, values: Any, signs: Any) -> None:
+    points, table = raw(values), raw(signs)
     for r in range(out.shape[0]):
         for s in range(out.shape[1] // _SUPER):
-            block = blocks[r, 74 * s : 74 * (s + 1)]
+            block = raw(blocks) + r * blocks.shape[1] + 74 * s
+            to = raw(out) + r * out.shape[1] + _SUPER * s
             unit = _half_at(block, 0)
             for g in range(32):
                 scale = unit * (_HALF + _nibble(block, 66, g // 2)) * _QUARTER
                 word = int(block[2 + 2 * g]) | int(block[3 + 2 * g]) << 8
-                _put(out[r], _SUPER * s + 8 * g, scale, values, word & 511, _odd_sign(word >> 9))
+                _put8(to + 8 * g, scale, points + 8 * (word & 511), table + 8 * _odd_sign(word >> 9))
 
 
 @compiled
-def _decode_iq2_s(blocks: Any, out: Any, values: Any) -> None:
+def _decode_iq2_s(blocks: Any, out: Any, values: Any, signs: Any) -> None:
+    points, table = raw(values), raw(signs)
     for r in range(out.shape[0]):
         for s in range(out.shape[1] // _SUPER):
-            block = blocks[r, 82 * s : 82 * (s + 1)]
+            block = raw(blocks) + r * blocks.shape[1] + 82 * s
+            to = raw(out) + r * out.shape[1] + _SUPER * s
             unit = _half_at(block, 0)
             for g in range(32):
                 scale = unit * (_HALF + _nibble(block, 74, g // 2)) * _QUARTER
                 high = (int(block[66 + g // 4]) >> (2 * (g % 4))) & 3
-                point = int(block[2 + g]) | high << 8
-                _put(out[r], _SUPER * s + 8 * g, scale, values, point, int(block[34 + g]))
+                at = int(block[2 + g]) | high << 8
+                _put8(to + 8 * g, scale, points + 8 * at, table + 8 * int(block[34 + g]))
 
 
 @compiled
-def _decode_iq3_xxs(blocks: Any, out: Any, values: Any) -> None:
+def _decode_iq3_xxs(blocks: Any, out: Any, values: Any, signs: Any) -> None:
+    points, table = raw(values), raw(signs)
     for r in range(out.shape[0]):
         for s in range(out.shape[1] // _SUPER):
-            block = blocks[r, 98 * s : 98 * (s + 1)]
+            block = raw(blocks) + r * blocks.shape[1] + 98 * s
+            to = raw(out) + r * out.shape[1] + _SUPER * s
             unit = _half_at(block, 0)
             for b in range(8):
                 word = _word_at(block, 66 + 4 * b)
                 scale = unit * (_HALF + np.float32(word >> 28)) * _HALF
                 for g in range(8):
-                    signs = _odd_sign((word >> (7 * (g // 2))) & 127) >> (4 * (g % 2))
-                    _put(out[r], _SUPER * s + 32 * b + 4 * g, scale, values, int(block[2 + 8 * b + g]), signs)
+                    bits = 8 * _odd_sign((word >> (7 * (g // 2))) & 127) + 4 * (g % 2)
+                    at = int(block[2 + 8 * b + g])
+                    _put4(to + 32 * b + 4 * g, scale, points + 4 * at, table + bits)
 
 
 @compiled
-def _decode_iq3_s(blocks: Any, out: Any, values: Any) -> None:
+def _decode_iq3_s(blocks: Any, out: Any, values: Any, signs: Any) -> None:
+    points, table = raw(values), raw(signs)
     for r in range(out.shape[0]):
         for s in range(out.shape[1] // _SUPER):
-            block = blocks[r, 110 * s : 110 * (s + 1)]
+            block = raw(blocks) + r * blocks.shape[1] + 110 * s
+            to = raw(out) + r * out.shape[1] + _SUPER * s
             unit = _half_at(block, 0)
             for g in range(64):
                 scale = unit * (_ONE + _TWO * _nibble(block, 106, g // 8))
-                point = int(block[2 + g]) | ((int(block[66 + g // 8]) >> (g % 8)) & 1) << 8
-                signs = int(block[74 + g // 2]) >> (4 * (g % 2))
-                _put(out[r], _SUPER * s + 4 * g, scale, values, point, signs)
+                at = int(block[2 + g]) | ((int(block[66 + g // 8]) >> (g % 8)) & 1) << 8
+                bits = 8 * int(block[74 + g // 2]) + 4 * (g % 2)
+                _put4(to + 4 * g, scale, points + 4 * at, table + bits)
 
 
 @compiled
