@@ -28,7 +28,7 @@ class HFFormat(FolderFormat):
     def open(self, path: Path) -> Checkpoint:
         """Returns the folder as a checkpoint; one that is quantized in an unknown way is refused by name."""
         checkpoint = FolderCheckpoint(path)
-        if checkpoint.quantization:
+        if checkpoint.quantization and checkpoint.quantization.get("quant_method") != "mxfp4":
             kind = checkpoint.quantization.get("quant_method", "an unnamed method")
             raise InputError(
                 f"{path}: already quantized with {kind}, which cannot be read yet", "use the model it was made from"

@@ -11,10 +11,22 @@ from typing import TYPE_CHECKING, Any
 
 from quantize.version import VERSION as __version__
 
-__all__ = ["__version__", "catalog", "convert", "evaluate", "inspect", "open", "plan", "run"]
+__all__ = [
+    "__version__",
+    "catalog",
+    "compare",
+    "convert",
+    "edit",
+    "evaluate",
+    "importance",
+    "inspect",
+    "open",
+    "plan",
+    "run",
+]
 
 if TYPE_CHECKING:
-    from quantize.api import catalog, convert, evaluate, inspect, open, plan, run
+    from quantize.api import catalog, compare, convert, edit, evaluate, importance, inspect, open, plan, run
 
 
 def __getattr__(name: str) -> Any:

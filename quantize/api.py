@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from quantize import checkpoint as _checkpoint
 from quantize import formats, methods, presets
-from quantize.errors import unknown_name
+from quantize.errors import InputError, UsageError, unknown_name
 from quantize.evaluation import DEFAULT_TEXT, Evaluation, evaluate_checkpoints, protocol
 from quantize.formats.base import Checkpoint
+from quantize.formats.gguf.compare import compare as compare_gguf
+from quantize.formats.gguf.container import read_part
+from quantize.formats.gguf.edit import Edited
+from quantize.formats.gguf.edit import edit as edit_gguf
+from quantize.formats.gguf.header import read_values
+from quantize.formats.gguf.imatrix import ImportanceMatrix, read_imatrix, write_imatrix
+from quantize.formats.gguf.metadata import Value, parse_value, text
+from quantize.gathering import importance_of
+from quantize.imatrix import merge
 from quantize.pipeline import Job
 from quantize.planning import Plan
 from quantize.progress import Progress, silent
@@ -100,6 +109,97 @@ def convert(
     return run(model, progress=progress, announce=announce, format=format, **options)
 
 
+def importance(
+    model: str | Path | None = None,
+    *,
+    out: str | Path | None = None,
+    legacy: bool = False,
+    overwrite: bool = False,
+    progress: Progress = silent,
+    **options: Any,
+) -> ImportanceMatrix:
+    """Returns the importance matrix of a model: how much each input column of each matrix is used by a text.
+
+    Args:
+        model: As for `run`.
+        out: File to write it to, in llama.cpp's format.
+        legacy: Whether in llama.cpp's older format, which knows nothing of single experts.
+        overwrite: Whether a file that exists is replaced.
+        progress: As for `run`.
+        options: Fields of `quantize.settings.Settings` that say the text: `calib`, `calib_samples`, `calib_length`,
+            `seed`; `adapters`, `arch`, `threads`, `assume_tied`, `activation_budget`.
+
+    Raises:
+        QuantizeError: as for `run`.
+    """
+    file = _new_file(out, overwrite)
+    folder = Path.cwd() if file is None else file.parent
+    matrix = importance_of(model, _settings(options), folder, progress)
+    if file is not None:
+        write_imatrix(file, matrix, legacy)
+    return matrix
+
+
+def merge_importance(
+    files: Sequence[str | Path], *, out: str | Path | None = None, legacy: bool = False, overwrite: bool = False
+) -> ImportanceMatrix:
+    """Returns the importance matrix of all texts together that some files of llama.cpp's or ours were made with.
+
+    Args:
+        files: Of either format.
+        out: File to write it to.
+        legacy: As for `importance`.
+        overwrite: As for `importance`.
+
+    Raises:
+        InputError: a file is none of an importance matrix, or is of another model.
+    """
+    file = _new_file(out, overwrite)
+    matrices = [read_imatrix(Path(path).expanduser()) for path in files]
+    matrix = matrices[0] if len(matrices) == 1 else merge(matrices)
+    if file is not None:
+        write_imatrix(file, matrix, legacy)
+    return matrix
+
+
+def edit(
+    model: str | Path, put: Mapping[str, Value | str], remove: Sequence[str] = (), *, dry_run: bool = False
+) -> Edited:
+    """Sets and removes metadata of a GGUF file, in place where the new header has room, else by a copy.
+
+    Args:
+        model: The file; of a split model the first part.
+        put: New values by key; texts are read as the command line spells them: `u32:5`, or `5` for a key that is there.
+        remove: Keys to be dropped.
+        dry_run: Whether nothing shall be written.
+
+    Raises:
+        UsageError: a value does not fit its type, or a key to remove is not there.
+        InputError: the file is broken.
+    """
+    path = Path(model).expanduser()
+    known = read_values(path)
+    values = {key: _value(said, known.get(key)) if isinstance(said, str) else said for key, said in put.items()}
+    return edit_gguf(path, values, remove, dry_run=dry_run)
+
+
+def compare(model: str | Path, other: str | Path, *, contents: bool = False) -> dict[str, Any]:
+    """Returns in what two models differ as plain values, from headers alone unless `contents` is asked for.
+
+    Args:
+        model: As for `open`.
+        other: Another.
+        contents: Whether bytes are compared as well; for GGUF files only.
+
+    Raises:
+        InputError: as for `open`.
+    """
+    paths = [_checkpoint.locate(each) for each in (model, other)]
+    if all(formats.find(path).name == "gguf" for path in paths):
+        return compare_gguf(paths[0], paths[1], contents=contents)
+    return _checkpoint.compare(open(model), open(other))
+
+
 def evaluate(
     model: str | Path,
     base: str | Path | None = None,
@@ -170,6 +270,47 @@ def catalog() -> dict[str, Any]:
         "schemes": [*({"spelling": ", ".join(f.examples), "meaning": f.meaning} for f in FAMILIES), kept],
         "combinations": presets.matrix(),
     }
+
+
+def is_importance(source: str | Path) -> bool:
+    """Returns whether a source is a file of an importance matrix, and no model."""
+    path = Path(source).expanduser()
+    if not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        gguf = stream.read(4) == b"GGUF"
+    return (
+        path.suffix in (".dat", ".imatrix") if not gguf else read_part(path).metadata.get("general.type") == "imatrix"
+    )
+
+
+def importance_name(model: str | Path | None) -> str:
+    """Returns the default name of a model's importance matrix."""
+    name = Path.cwd().name if model is None else str(model).removeprefix("hub:").split("@")[0].rstrip("/")
+    return f"{name.rsplit('/', 1)[-1].removesuffix('.gguf')}.imatrix.gguf"
+
+
+def _value(said: str, known: Value | None) -> Value:
+    """Returns a value as the command line spells it; `@FILE` is the text of a file."""
+    if not said.startswith("@"):
+        return parse_value(said, known)
+    file = Path(said[1:]).expanduser()
+    try:
+        return text(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: {error}") from error
+
+
+def _new_file(out: str | Path | None, overwrite: bool) -> Path | None:
+    """Returns a file's path, checked before the work and not after it."""
+    if out is None:
+        return None
+    file = Path(out).expanduser()
+    if file.exists() and not overwrite:
+        raise UsageError(f"{file}: exists already", "say --overwrite, or choose another --out")
+    if not file.parent.is_dir():
+        raise InputError(f"{file.parent}: no such folder", "make it, or name another file")
+    return file
 
 
 def _settings(options: dict[str, Any]) -> Settings:

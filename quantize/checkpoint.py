@@ -148,3 +148,33 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
             for i in checkpoint.tensors.values()
         ],
     }
+
+
+def compare(a: Checkpoint, b: Checkpoint) -> dict[str, Any]:
+    """Returns in what the headers of two checkpoints differ, in the form of `quantize.formats.gguf.compare`."""
+    described = [describe(checkpoint) for checkpoint in (a, b)]
+    kinds = [
+        {row["name"]: {"type": row["scheme"], "shape": row["shape"]} for row in each["each"]} for each in described
+    ]
+    models = [
+        {
+            "path": each["path"],
+            "bytes": each["bytes"],
+            "tensors": each["tensors"],
+            "weights": each["weights"],
+            "tensor_bytes": each["bytes"],
+            "bits_per_weight": each["bits_per_weight"],
+            "types": {name: row["bytes"] for name, row in each["schemes"].items()},
+        }
+        for each in described
+    ]
+    configs = [{key: {"value": value} for key, value in checkpoint.config.items()} for checkpoint in (a, b)]
+    return {"models": models, "metadata": _difference(*configs), "tensors": _difference(*kinds), "differing": None}
+
+
+def _difference(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "added": {key: value for key, value in b.items() if key not in a},
+        "removed": {key: value for key, value in a.items() if key not in b},
+        "changed": {key: [a[key], b[key]] for key in a if key in b and a[key] != b[key]},
+    }

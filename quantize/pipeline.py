@@ -24,7 +24,7 @@ from quantize.errors import InputError, QuantizeError, ResourceError, UsageError
 from quantize.evaluation import DEFAULT_TEXT, evaluate_checkpoints, require_windows
 from quantize.formats.folder import INDEX
 from quantize.formats.gguf.imatrix import read_imatrix, write_imatrix
-from quantize.importance import gather_importance
+from quantize.gathering import gather_importance
 from quantize.methods.base import Block, Method, Result
 from quantize.mixing import Mixing, is_gguf, plain_mix
 from quantize.ollama import modelfile

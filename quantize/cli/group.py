@@ -20,7 +20,9 @@ COMMANDS = {
     "convert": "Write a model in another format without coarser rounding.",
     "plan": "Show what a run would do: schemes, sizes, memory, fallbacks.",
     "eval": "Measure a model's quality, and pass or fail it against limits.",
-    "inspect": "Show what a checkpoint holds: schemes, sizes, metadata.",
+    "inspect": "Show what a checkpoint holds, or in what two differ.",
+    "imatrix": "Gather, merge or show an importance matrix: what llama.cpp's types weigh their errors by.",
+    "edit": "Change the metadata of a GGUF file; tensors stay as they are.",
     "list": "List methods, formats and schemes, and which go together.",
 }
 

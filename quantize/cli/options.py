@@ -198,20 +198,24 @@ RULES = together(
     ),
 )  # fmt: skip
 
-CALIBRATION = together(
+CALIBRATION_TEXT = together(
     click.option(
         "--calib", multiple=True, metavar="SOURCE",
         help="Calibration text: a file, hub:NAME, self or default; repeatable.  [default: the bundled text]",
     ),
     click.option("--calib-samples", type=int, default=64, show_default=True, metavar="N", help="Rows of text."),
     click.option("--calib-length", type=int, default=512, show_default=True, metavar="N", help="Tokens of a row."),
-    click.option(
-        "--statistics", metavar="FILE", help="Reuse what calibration gathered, or save it if there is no such file.",
-    ),
     click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of every random choice."),
     click.option(
         "--activation-budget", type=byte_count, default="2GiB", show_default=True, metavar="SIZE",
         help="Waiting activations kept in memory; the rest waits on disk.",
+    ),
+)  # fmt: skip
+
+CALIBRATION = together(
+    CALIBRATION_TEXT,
+    click.option(
+        "--statistics", metavar="FILE", help="Reuse what calibration gathered, or save it if there is no such file.",
     ),
 )  # fmt: skip
 

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import click
@@ -17,6 +18,9 @@ from rich.text import Text
 
 from quantize.cli.failures import Session
 from quantize.evaluation import Evaluation
+from quantize.formats.gguf.edit import Edited
+from quantize.formats.gguf.imatrix import ImportanceMatrix
+from quantize.imatrix import coverage, statistics
 from quantize.planning import Plan, describe
 from quantize.progress import Progress as Callback
 from quantize.report import Report, interval, json_text
@@ -239,6 +243,103 @@ def contents(value: Mapping[str, Any], as_json: bool) -> None:
         click.echo("\nside files")
         for name in value["side_files"]:
             click.echo(f"  {name}")
+
+
+def difference(value: Mapping[str, Any], as_json: bool) -> None:
+    """Shows in what two checkpoints differ."""
+    if as_json:
+        emit(value)
+        return
+    table(
+        ("", ">tensors", ">size", ">bits per weight", "types"),
+        (
+            (m["path"], m["tensors"], size(m["tensor_bytes"]), f"{m['bits_per_weight']:.2f}", ", ".join(m["types"]))
+            for m in value["models"]
+        ),
+    )
+    rows: list[tuple[str, str, str, str]] = []
+    for what in ("metadata", "tensors"):
+        part = value[what]
+        rows += [(what, key, "", _brief(new)) for key, new in part["added"].items()]
+        rows += [(what, key, _brief(old), "") for key, old in part["removed"].items()]
+        rows += [(what, key, _brief(old), _brief(new)) for key, (old, new) in part["changed"].items()]
+    rows += [("contents", name, "", "other bytes") for name in value["differing"] or ()]
+    click.echo()
+    if rows:
+        table(("", "name", "first", "second"), rows)
+    else:
+        click.echo("no difference" + ("" if value["differing"] is not None else " in the headers"))
+
+
+def edited(value: Edited, dry_run: bool, as_json: bool) -> None:
+    """Shows what an edit did, or would do."""
+    if as_json:
+        emit({"changed": list(value.changed), "in_place": value.in_place, "written": value.written})
+        return
+    if not value.changed:
+        click.echo("nothing to change: every value was so already")
+        return
+    how = "in place" if value.in_place else "by a copy"
+    done = "would change" if dry_run else "changed"
+    click.echo(f"{done} {', '.join(value.changed)} {how}, {size(value.written)} written")
+
+
+def importance(value: ImportanceMatrix, out: str | None, as_json: bool) -> None:
+    """Shows an importance matrix."""
+    rows = statistics(value)
+    stacks = coverage(value)
+    if as_json:
+        made = {"datasets": value.datasets, "chunk_count": value.chunk_count, "chunk_size": value.chunk_size}
+        experts = [asdict(stack) for stack in stacks]
+        emit({"out": out, **made, "entries": [asdict(row) for row in rows], "experts": experts})
+        return
+    if out is None:
+        table(
+            (
+                "weight",
+                ">columns",
+                ">sum",
+                ">mean",
+                ">max",
+                ">active",
+                ">evenness",
+                ">outliers",
+                ">as the layer before",
+            ),
+            (
+                (
+                    row.name,
+                    row.columns,
+                    f"{row.total:.4g}",
+                    f"{row.mean:.4g}",
+                    f"{row.high:.4g}",
+                    f"{100 * row.active:.1f} %",
+                    f"{row.evenness:.3f}",
+                    f"{100 * row.outliers:.1f} %",
+                    "" if row.likeness is None else f"{row.likeness:.4f}",
+                )
+                for row in rows
+            ),
+        )
+        click.echo()
+    texts = ", ".join(value.datasets) or "unknown"
+    facts(
+        [
+            *([("output", out)] if out is not None else []),
+            ("entries", len(value.entries)),
+            ("text", f"{value.chunk_count} chunks of {value.chunk_size or 'unknown'} tokens: {texts}"),
+        ]
+    )
+    lacking = [s for s in stacks if s.unseen or s.rare]
+    notes(f"{s.name}: {len(s.unseen)} of {s.experts} experts saw no token, {len(s.rare)} few" for s in lacking)
+
+
+def _brief(value: Mapping[str, Any]) -> str:
+    if "shape" in value:
+        return f"{value['type']} {' x '.join(map(str, value['shape']))}"
+    if "sha256" in value:
+        return f"{value['type']} of {value['length']}, sha256 {value['sha256'][:12]}"
+    return _short(value.get("value"))
 
 
 def catalog(value: Mapping[str, Any], as_json: bool) -> None:

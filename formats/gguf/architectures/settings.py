@@ -20,6 +20,10 @@ _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _TEXT = ("text_config", "llm_config", "language_config")
 
 
+def _first(held: Mapping[str, Any], names: tuple[str, ...]) -> Any:
+    return next((held[name] for name in names if held.get(name) is not None), None)
+
+
 @dataclass(frozen=True)
 class Settings:
     """The settings of a model of text.
@@ -65,13 +69,12 @@ class Settings:
 
     def get(self, *names: str, default: Any = None) -> Any:
         """Returns the first of these keys that is set, or else the kind's default for one of them."""
-        for held in (self.own, self.filled):
-            for name in names:
-                if held.get(name) is not None:
-                    return held[name]
-            if held is self.own and self.own.get(names[0], ...) is None:
-                return default  # said to be none, not forgotten
-        return default
+        if (found := _first(self.own, names)) is not None:
+            return found
+        if self.own.get(names[0], ...) is None:
+            return default  # said to be none, not forgotten
+        found = _first(self.filled, names)
+        return default if found is None else found
 
     def need(self, *names: str) -> Any:
         """Returns the first of these keys that is set.

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from quantize.calib_data import CalibrationText
-from quantize.calibration import open_sweep
+from quantize.calibration import calibration_text, open_sweep
+from quantize.checkpoint import open_checkpoint
+from quantize.formats import named
 from quantize.formats.base import Checkpoint
 from quantize.formats.gguf.imatrix import ImportanceMatrix
 from quantize.imatrix import SiteOf, gather
+from quantize.parallel import default_threads, one_torch_thread
 from quantize.progress import Progress
 from quantize.settings import Settings
 from quantize.skeleton import Skeleton
@@ -17,6 +21,27 @@ from quantize.statistics import Squares
 from quantize.sweep import Site, Stage
 
 _STACK = 3
+
+
+def importance_of(model: str | Path | None, settings: Settings, folder: Path, progress: Progress) -> ImportanceMatrix:
+    """Returns the importance matrix of a model over the calibration text that the settings name.
+
+    Args:
+        model: The source, as `open_checkpoint` takes it.
+        settings: Text, adapters, threads, architecture.
+        folder: Where activations wait that have no room in memory.
+        progress: Told how far it is.
+
+    Raises:
+        InputError: the model or the text cannot be used, or GGUF has no names for the model.
+    """
+    checkpoint = open_checkpoint(model, settings.adapters)
+    skeleton = Skeleton(checkpoint, settings.assume_tied)
+    view = named("gguf").view(checkpoint, settings.arch)
+    text = calibration_text(settings, skeleton, checkpoint, progress)
+    threads = settings.threads or default_threads()
+    with one_torch_thread(), tempfile.TemporaryDirectory(dir=folder, prefix=".quantize-") as spill:
+        return gather_importance(settings, skeleton, checkpoint, view, text, threads, Path(spill), progress)
 
 
 def gather_importance(
