@@ -39,7 +39,7 @@ class Entry:
         source: The scheme that it is stored in.
         scheme: The scheme that it gets.
         rule: The named rule that says so.
-        fallback: Whether something else was asked for.
+        asked: The scheme that was asked for, where the shape or the format forbids it; None where it got that.
     """
 
     name: str
@@ -47,7 +47,12 @@ class Entry:
     source: Scheme
     scheme: Scheme
     rule: str
-    fallback: bool = False
+    asked: Scheme | None = None
+
+    @property
+    def fallback(self) -> bool:
+        """Whether something else was asked for."""
+        return self.asked is not None
 
     @property
     def quantized(self) -> bool:
@@ -123,6 +128,17 @@ class Plan:
     def bits_per_weight(self) -> float:
         """Stored bits per weight over the whole model."""
         return self.output_bytes * 8 / max(1, sum(entry.count for entry in self.entries))
+
+    @property
+    def planned_bits_per_weight(self) -> float:
+        """Bits per weight over the whole model if every tensor got what was asked for."""
+        bits = self.output_bytes * 8.0
+        for entry in self.fallbacks:
+            assert entry.asked is not None
+            # the scales of a group that does not divide the width are counted in parts
+            lost = entry.scheme.bits_per_weight(entry.shape) - entry.asked.bits_per_weight(entry.shape)
+            bits -= entry.count * lost
+        return bits / max(1, sum(entry.count for entry in self.entries))
 
     @property
     def linear_bits_per_weight(self) -> float:
@@ -304,7 +320,7 @@ def _decided(info: TensorInfo, decision: Decision, request: Request) -> Entry:
             f"allow {decision.scheme or 'it to be kept'} to stand in, or choose its type with --set",
         )
     scheme = info.scheme if decision.scheme is None else decision.scheme
-    return Entry(info.name, info.shape, info.scheme, scheme, decision.rule, decision.asked is not None)
+    return Entry(info.name, info.shape, info.scheme, scheme, decision.rule, decision.asked)
 
 
 def _by_rule(info: TensorInfo, rule: Rule, anatomy: Anatomy, linear: bool, request: Request) -> Entry:
@@ -336,8 +352,8 @@ def _fit(info: TensorInfo, scheme: Scheme, rule: str, request: Request) -> Entry
         raise UsageError(f"{info.name} cannot be {scheme}: {reason}", "allow fallbacks, or keep it by a rule")
     other = None if refused else request.format.stand_in(scheme, info.shape)
     if other is not None:
-        return Entry(info.name, info.shape, info.scheme, other, f"{rule}; {other} because {reason}", fallback=True)
-    return replace(_kept(info, f"kept: {reason}", request), fallback=True)
+        return Entry(info.name, info.shape, info.scheme, other, f"{rule}; {other} because {reason}", scheme)
+    return replace(_kept(info, f"kept: {reason}", request), asked=scheme)
 
 
 def _kept(info: TensorInfo, rule: str, request: Request) -> Entry:
@@ -437,6 +453,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "source_bytes": plan.source_bytes,
         "output_bytes": plan.output_bytes,
         "bits_per_weight": round(plan.bits_per_weight, 4),
+        "planned_bits_per_weight": round(plan.planned_bits_per_weight, 4),
         "linear_bits_per_weight": round(plan.linear_bits_per_weight, 4),
         "peak_bytes": plan.peak_bytes,
         "free_bytes": plan.free_bytes,

@@ -82,18 +82,20 @@ def figures(plan: Plan, source_bytes: int) -> dict[str, Any]:
     """Returns the sizes and counts of a plan that a report shows."""
     weights = sum(entry.count for entry in plan.entries)
     quantized = sum(entry.count for entry in plan.quantized)
-    asked = quantized + sum(entry.count for entry in plan.fallbacks)
+    substituted = sum(entry.count for entry in plan.fallbacks)
+    asked = quantized + sum(entry.count for entry in plan.fallbacks if not entry.quantized)
     return {
         "source_bytes": source_bytes,
         "output_bytes": plan.output_bytes,
         "bits_per_weight": round(plan.bits_per_weight, 4),
+        "planned_bits_per_weight": round(plan.planned_bits_per_weight, 4),
         "linear_bits_per_weight": round(plan.linear_bits_per_weight, 4),
         "tensors": len(plan.entries),
         "quantized": len(plan.quantized),
         "fallbacks": len(plan.fallbacks),
         "dropped": len(plan.dropped),
         "quantized_share": round(quantized / max(1, weights), 4),
-        "fallback_share": round((asked - quantized) / max(1, asked), 4),
+        "fallback_share": round(substituted / max(1, asked), 4),
     }
 
 

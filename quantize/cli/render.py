@@ -23,7 +23,7 @@ from quantize.formats.gguf.imatrix import ImportanceMatrix
 from quantize.imatrix import coverage, statistics
 from quantize.planning import Plan, describe
 from quantize.progress import Progress as Callback
-from quantize.report import Report, interval, json_text
+from quantize.report import Report, figures, interval, json_text
 from quantize.writer import partial_path
 
 # Seconds between lines of progress where there is no terminal.
@@ -143,6 +143,7 @@ def report(value: Report, as_json: bool) -> None:
         ("output", value.out),
         ("size", f"{size(numbers['output_bytes'])} of {size(numbers['source_bytes'])}"),
         ("bits per weight", _bits(numbers["bits_per_weight"], numbers["linear_bits_per_weight"], numbers["quantized"])),
+        *([("fallbacks", _fallbacks(numbers["fallbacks"], numbers))] if numbers["fallbacks"] else []),
     ]
     facts([*rows, *(_quality(value.quality) if value.quality else [])])
     notes(value.notes)
@@ -192,7 +193,7 @@ def _plan(value: Plan) -> None:
             ("size", f"{size(value.output_bytes)} of {size(value.source_bytes)}"),
             ("bits per weight", _bits(value.bits_per_weight, value.linear_bits_per_weight, len(value.quantized))),
             ("tensors", f"{len(value.entries)}, {len(value.quantized)} of them quantized"),
-            ("fallbacks", len(value.fallbacks)),
+            ("fallbacks", _fallbacks(len(value.fallbacks), figures(value, value.source_bytes))),
             ("peak memory", f"{size(value.peak_bytes)} (estimate)"),
             ("free disk", size(value.free_bytes)),
         ]
@@ -381,6 +382,14 @@ def _quality(value: Mapping[str, Any]) -> list[tuple[str, object]]:
 
 def _bits(whole: float, linears: float, quantized: int) -> str:
     return f"{whole:.2f}" + (f", of the quantized tensors {linears:.2f}" if quantized else "")
+
+
+def _fallbacks(count: int, numbers: Mapping[str, Any]) -> str:
+    """Returns how much of a model got something else than asked for, and what that cost."""
+    if not count:
+        return "0"
+    share, planned = 100 * numbers["fallback_share"], numbers["planned_bits_per_weight"]
+    return f"{count} tensors, {share:.1f} % of the weights; {planned:.2f} bits per weight were planned"
 
 
 def _schemes(plan: Plan) -> str:
