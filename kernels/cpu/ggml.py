@@ -133,7 +133,7 @@ def encode(name: str, x: NDArray[np.float32], importance: NDArray[np.float32] | 
     elif importance.shape != x.shape[1:]:
         raise ValueError(f"importance of shape {importance.shape} for {x.shape[1]} columns")
     out = np.empty((x.shape[0], x.shape[1] // block.weights * block.nbytes), np.uint8)
-    loop(np.ascontiguousarray(x, np.float32), np.ascontiguousarray(importance, np.float32), out)
+    loop(_own(x, np.float32), _own(importance, np.float32), out)
     return out
 
 
@@ -155,7 +155,7 @@ def decode(name: str, blocks: NDArray[np.uint8]) -> NDArray[np.float32]:
     if blocks.ndim != 2 or blocks.shape[1] % block.nbytes:
         raise ValueError(f"{name} has rows of a multiple of {block.nbytes} bytes, not an array {blocks.shape}")
     out = np.empty((blocks.shape[0], blocks.shape[1] // block.nbytes * block.weights), np.float32)
-    loop(np.ascontiguousarray(blocks, np.uint8), out)
+    loop(_own(blocks, np.uint8), out)
     return out
 
 
@@ -182,3 +182,8 @@ def _loop(name: str, encoder: bool) -> Callable[..., Any]:
         raise KeyError(f"no {'encoder' if encoder else 'decoder'} for {name!r}; there are {', '.join(sorted(table))}")
     module, function = table[name]
     return getattr(import_module(module), function)  # type: ignore[no-any-return]
+
+
+def _own(array: NDArray[Any], dtype: type[np.generic]) -> NDArray[Any]:
+    """Returns the array as loops take it; of one that may not be written, a copy: for it they would compile anew."""
+    return np.require(array, dtype, ["C", "W"])

@@ -11,12 +11,27 @@ from typing import Any
 
 import numpy as np
 
-from quantize.kernels.cpu import packing, search
+from quantize.kernels.cpu import packing
 from quantize.kernels.cpu.lean import lean, pick
-from quantize.kernels.cpu.search import LANES, SCALE, TILE, TINY, nearest
+from quantize.kernels.cpu.tiles import (
+    LANES,
+    ONE,
+    SCALE,
+    TILE,
+    TINY,
+    ZERO,
+    find_largest,
+    load,
+    load_importance,
+    mean_squares,
+    nearest,
+    parts,
+    weigh_square,
+    workspace,
+)
 
 _BLOCK, _SUPER = 32, 256
-_ZERO, _ONE, _TWO, _LOWEST = np.float32(0), np.float32(1), np.float32(2), np.float32(-127)
+_LOWEST = np.float32(-127)
 # Rows of the searches' `state` beside SCALE.
 _BEST, _NEXT, _LARGEST, _TRY, _QX, _QQ = (row * LANES for row in (1, 2, 4, 5, 6, 7))
 
@@ -25,12 +40,12 @@ VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 1
 
 def encode_iq4_nl(x: Any, importance: Any, out: Any) -> None:
     """Encodes rows to IQ4_NL."""
-    _encode(x.reshape(-1), importance, out.reshape(-1), False, search.workspace(), np.empty(_BLOCK, np.uint8))
+    _encode(x, importance, out, _BLOCK)
 
 
 def encode_iq4_xs(x: Any, importance: Any, out: Any) -> None:
     """Encodes rows to IQ4_XS."""
-    _encode(x.reshape(-1), importance, out.reshape(-1), True, search.workspace(), np.empty(_BLOCK, np.uint8))
+    _encode(x, importance, out, _SUPER)
 
 
 @lean
@@ -67,53 +82,44 @@ def _choose(x: Any, inverse: Any, levels: Any) -> None:
             levels[i] += x[i] * inverse >= half
 
 
+def _encode(x: Any, importance: Any, out: Any, size: int) -> None:
+    space, levels = workspace(), np.empty(_BLOCK, np.uint8)
+    for part, to in parts(x, out):
+        scales, variance = np.empty(part.size // _BLOCK, np.float32), np.empty(part.size // size, np.float32)
+        mean_squares(part, size, np.float32(2), variance)
+        _scan(part, importance, variance, size, space, scales)
+        if size == _SUPER:
+            _finish_super(part, scales, to, levels)
+        else:
+            _finish(part, scales, to, levels)
+
+
 @lean
-def _encode(x: Any, importance: Any, out: Any, super_blocks: bool, space: Any, levels: Any) -> None:
-    tile, weights, _, _, _, state, variance = space
+def _scan(x: Any, importance: Any, variance: Any, size: int, space: Any, scales: Any) -> None:
+    """Sets the scale of each block; arguments as for `signed.scan_signed`."""
+    tile, weights, _, _, _, state, spread = space
     for start in range(0, x.size, TILE):
         count = min(LANES, (x.size - start) // _BLOCK)
-        search.load(x, start, count, _BLOCK, x.size, tile)
+        load(x, start, count, _BLOCK, x.size, tile)
         if importance.size > 0:
-            search.load(importance, start, count, _BLOCK, importance.size, weights)
-            _variances(x, start, count, _SUPER if super_blocks else _BLOCK, variance)
-            search.weigh_importance(tile, _BLOCK, weights, variance)
+            load_importance(importance, variance, size, start, count, _BLOCK, tile, weights, spread)
         else:
-            search.weigh_square(tile, _BLOCK, weights)
+            weigh_square(tile, _BLOCK, weights)
         _search(tile, weights, state)
-        if super_blocks:
-            for b in range(count // 8):
-                part = x[start + b * _SUPER : start + (b + 1) * _SUPER]
-                _finish_super(part, state[SCALE + 8 * b : SCALE + 8 * b + 8], levels, out, (start // _SUPER + b) * 136)
-        else:
-            for k in range(count):
-                scale, at = state[SCALE + k], (start // _BLOCK + k) * 18
-                packing.put_half(scale, out, at)
-                inverse = _ONE / scale if scale != _ZERO else _ZERO
-                _choose(x[start + k * _BLOCK : start + (k + 1) * _BLOCK], inverse, levels)
-                packing.pack_nibbles(levels, 16, out, at + 2)
-
-
-@lean
-def _variances(x: Any, start: int, count: int, size: int, variance: Any) -> None:
-    """Sets each lane's variance: twice the mean square of its super-block of `size` weights."""
-    per = size // _BLOCK
-    for b in range(count // per):
-        total = _ZERO
-        for v in x[start + b * size : start + (b + 1) * size]:
-            total += v * v
-        variance[b * per : (b + 1) * per] = total * (_TWO / np.float32(size))
+        for k in range(count):
+            scales[start // _BLOCK + k] = state[SCALE + k]
 
 
 @lean
 def _search(x: Any, w: Any, state: Any) -> None:
     """Sets SCALE of each lane by weighted least squares over 16 candidates; 0 for a block of zeros."""
-    search.find_largest(x, _BLOCK, state[_LARGEST : _LARGEST + LANES])
+    find_largest(x, _BLOCK, state[_LARGEST : _LARGEST + LANES])
     for k in range(LANES):
-        state[_TRY + k] = _ONE / (-state[_LARGEST + k] / _LOWEST)
+        state[_TRY + k] = ONE / (-state[_LARGEST + k] / _LOWEST)
     _sums(x, w, state)
     for k in range(LANES):
         qx, qq = state[_QX + k], state[_QQ + k]
-        scale = pick(qq > _ZERO, qx / qq, _ZERO)
+        scale = pick(qq > ZERO, qx / qq, ZERO)
         state[SCALE + k], state[_BEST + k] = scale, scale * qx
     for t in range(-7, 8):
         for k in range(LANES):
@@ -121,7 +127,7 @@ def _search(x: Any, w: Any, state: Any) -> None:
         _sums(x, w, state)
         for k in range(LANES):
             qx, qq = state[_QX + k], state[_QQ + k]
-            better = (qq > _ZERO) & (qx * qx > state[_BEST + k] * qq)
+            better = (qq > ZERO) & (qx * qx > state[_BEST + k] * qq)
             scale = qx / qq
             state[_NEXT + SCALE + k] = pick(better, scale, state[SCALE + k])
             state[_NEXT + _BEST + k] = pick(better, scale * qx, state[_BEST + k])
@@ -129,13 +135,13 @@ def _search(x: Any, w: Any, state: Any) -> None:
             state[k] = state[_NEXT + k]
     for k in range(LANES):
         if abs(state[_LARGEST + k]) < TINY:
-            state[SCALE + k] = _ZERO
+            state[SCALE + k] = ZERO
 
 
 @lean
 def _sums(x: Any, w: Any, state: Any) -> None:
     for k in range(LANES):
-        state[_QX + k] = state[_QQ + k] = _ZERO
+        state[_QX + k] = state[_QQ + k] = ZERO
     for i in range(0, TILE, 4 * LANES):
         for k in range(LANES):
             inverse, a, b = state[_TRY + k], state[_QX + k], state[_QQ + k]
@@ -149,24 +155,33 @@ def _sums(x: Any, w: Any, state: Any) -> None:
 
 
 @lean
-def _finish_super(x: Any, scales: Any, levels: Any, out: Any, at: int) -> None:
-    """Rounds the scales of 8 blocks to 6 bits, chooses the levels for them (not for the float16), and packs."""
-    largest = _ZERO
-    for j in range(8):
-        largest = scales[j] if abs(scales[j]) > abs(largest) else largest
-    d = -largest / np.float32(32)
-    packing.put_half(d, out, at)
-    inverse = _ONE / d if d != _ZERO else _ZERO
-    high = 0
-    for j in range(8):
-        code = min(max(np.int64(nearest(inverse * scales[j])), -32), 31)
-        scale = d * np.float32(code)
-        _choose(x[_BLOCK * j : _BLOCK * (j + 1)], _ONE / scale if scale != _ZERO else _ZERO, levels)
-        packing.pack_nibbles(levels, 16, out, at + 8 + 16 * j)
-        code += 32
-        high |= code >> 4 << 2 * j
-        if j % 2 == 0:
-            out[at + 4 + j // 2] = code & 15
-        else:
-            out[at + 4 + j // 2] |= (code & 15) << 4
-    out[at + 2], out[at + 3] = high & 255, high >> 8
+def _finish(x: Any, scales: Any, out: Any, levels: Any) -> None:
+    """Stores scales and the levels for them (not for the float16)."""
+    for b in range(x.size // _BLOCK):
+        packing.put_half(scales[b], out, 18 * b)
+        inverse = ONE / scales[b] if scales[b] != ZERO else ZERO
+        _choose(x[b * _BLOCK : (b + 1) * _BLOCK], inverse, levels)
+        packing.pack_nibbles(levels, 16, out, 18 * b + 2)
+
+
+@lean
+def _finish_super(x: Any, scales: Any, out: Any, levels: Any) -> None:
+    """Rounds the scales of 8 blocks to 6 bits, and stores them and the levels for them (not for the float16)."""
+    for b in range(x.size // _SUPER):
+        at, largest = 136 * b, ZERO
+        for j in range(8 * b, 8 * b + 8):
+            largest = scales[j] if abs(scales[j]) > abs(largest) else largest
+        d = -largest / np.float32(32)
+        packing.put_half(d, out, at)
+        inverse = ONE / d if d != ZERO else ZERO
+        high, low = 0, 0
+        for j in range(8):
+            code = min(max(np.int64(nearest(inverse * scales[8 * b + j])), -32), 31)
+            scale, first = d * np.float32(code), b * _SUPER + j * _BLOCK
+            _choose(x[first : first + _BLOCK], ONE / scale if scale != ZERO else ZERO, levels)
+            packing.pack_nibbles(levels, 16, out, at + 8 + 16 * j)
+            high |= code + 32 >> 4 << 2 * j
+            low |= (code & 15) << 4 * j
+        out[at + 2], out[at + 3] = high & 255, high >> 8
+        for j in range(4):
+            out[at + 4 + j] = low >> 8 * j & 255

@@ -15,13 +15,16 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from quantize.kernels.cpu import packing, search
+from quantize.kernels.cpu import packing
 from quantize.kernels.cpu.lean import lean
 from quantize.kernels.cpu.numeric import MAGIC
-from quantize.kernels.cpu.search import BASE, INVERSE, LANES, LOW, SCALE, TILE, level
+from quantize.kernels.cpu.offsets import scan_offset
+from quantize.kernels.cpu.signed import scan_signed
+from quantize.kernels.cpu.tiles import ONE, ZERO, level, mean_squares, parts, room_for_results, workspace
 
 _BLOCK = 32
-_ZERO, _ONE, _HALF = np.float32(0), np.float32(1), np.float32(0.5)
+_HALF = np.float32(0.5)
+_PLAN = np.array((-0.9, 0.05, 36), np.float32)  # see `scan_offset`
 _SIGN = np.int32(-0x80000000)
 _REST = np.int32(0x7FFFFFFF)
 
@@ -54,8 +57,7 @@ def encode_q8_0(x: Any, importance: Any, out: Any) -> None:
 
 def _encode(x: Any, importance: Any, out: Any, offset: bool, bits: int) -> None:
     if importance.size:
-        spread, levels = np.empty(x.shape[0], np.float32), np.empty(_BLOCK, np.uint8)
-        _encode_weighted(x, importance, out.reshape(-1), offset, bits, search.workspace(), spread, levels)
+        _encode_weighted(x, importance, out, offset, bits)
         return
     flat = x.reshape(-1)
     plain = _encode_offset if offset else _encode_signed
@@ -96,8 +98,8 @@ def round_away(value: Any) -> Any:
     """Returns a float32 below 2**22 rounded to a whole number, halves away from zero."""
     size = abs(value)
     whole = (size + MAGIC) - MAGIC
-    whole = whole + _ONE if size - whole == _HALF else whole
-    return -whole if value < _ZERO else whole
+    whole = whole + ONE if size - whole == _HALF else whole
+    return -whole if value < ZERO else whole
 
 
 @lean
@@ -107,11 +109,11 @@ def _encode_signed(x: Any, bits: Any, out: Any, width: int, length: int) -> None
     for at in range(0, x.size, length):
         block, to = x[at : at + length], at // length * nbytes
         d = _signed_largest(block, bits[at : at + length]) / -np.float32(1 << width - 1)
-        inverse, shift = _ONE / d if d != _ZERO else _ZERO, middle
+        inverse, shift = ONE / d if d != ZERO else ZERO, middle
         if np.isinf(inverse):  # the levels are 0 then
-            inverse, shift = _ZERO, _ZERO
+            inverse, shift = ZERO, ZERO
         packing.put_half(d, out, to)
-        _put_levels(block, _ZERO, inverse, shift, width, out[to + 2 : to + nbytes])
+        _put_levels(block, ZERO, inverse, shift, width, out[to + 2 : to + nbytes])
 
 
 @lean
@@ -121,11 +123,11 @@ def _signed_largest(x: Any, bits: Any) -> Any:
     if above > below:
         return np.int32(above).view(np.float32)
     if below > above:
-        return -np.int32(below).view(np.float32) + _ZERO
+        return -np.int32(below).view(np.float32) + ZERO
     for i in range(x.size):
         if np.int32(bits[i] & _REST) == above:
             return x[i]
-    return _ZERO
+    return ZERO
 
 
 @lean
@@ -136,9 +138,9 @@ def _encode_offset(x: Any, bits: Any, out: Any, width: int, length: int) -> None
         block, to = x[at : at + length], at // length * nbytes
         low, high = _extremes(block, bits[at : at + length])
         d = (high - low) / top
-        inverse = _ONE / d if d != _ZERO else _ZERO
+        inverse = ONE / d if d != ZERO else ZERO
         if np.isinf(inverse):
-            inverse = _ZERO
+            inverse = ZERO
         packing.put_half(d, out, to)
         packing.put_half(low, out, to + 2)
         _put_levels(block, low, inverse, _HALF, width, out[to + 4 : to + nbytes])
@@ -149,11 +151,11 @@ def _extremes(x: Any, bits: Any) -> Any:
     """Returns least and greatest weight of a block; a least of zero has the sign of the first zero."""
     above, below, least = _bit_extremes(bits)
     # As integers, negative floats are below all others, and the further from zero the greater.
-    high = np.int32(above if above >= 0 else least).view(np.float32) + _ZERO
+    high = np.int32(above if above >= 0 else least).view(np.float32) + ZERO
     low = -np.int32(below).view(np.float32) if below >= 0 else np.int32(least).view(np.float32)
-    if low == _ZERO:
+    if low == ZERO:
         for i in range(x.size):
-            if x[i] == _ZERO:
+            if x[i] == ZERO:
                 return x[i], high
     return low, high
 
@@ -180,9 +182,9 @@ def _put_levels(x: Any, low: Any, inverse: Any, shift: Any, width: int, out: Any
 def _encode_q8_0(x: Any, bits: Any, out: Any) -> None:
     for at in range(0, x.size, _BLOCK):
         d = np.int32(largest_bits(bits, at, _BLOCK)).view(np.float32) / np.float32(127)
-        inverse = _ONE / d if d != _ZERO else _ZERO
+        inverse = ONE / d if d != ZERO else ZERO
         if np.isinf(inverse):
-            inverse = _ZERO
+            inverse = ZERO
         to = at // _BLOCK * 34
         packing.put_half(d, out, to)
         block, packed = x[at : at + _BLOCK], out[to + 2 : to + 34]
@@ -190,52 +192,37 @@ def _encode_q8_0(x: Any, bits: Any, out: Any) -> None:
             packed[i] = np.int32(round_away(block[i] * inverse))
 
 
-@lean
-def _encode_weighted(
-    x: Any, importance: Any, out: Any, offset: bool, width: int, space: Any, spread: Any, levels: Any
-) -> None:
+def _encode_weighted(x: Any, importance: Any, out: Any, offset: bool, width: int) -> None:
     """Encodes to any of the four, by weighted least squares; the variance in the weights is that of the whole row."""
-    rows, cols = x.shape
-    flat = x.reshape(-1)
-    tile, weights, work, _, _, state, variance = space
-    for row in range(rows):
-        total = _ZERO
-        for v in x[row]:
-            total += v * v
-        spread[row] = total / np.float32(cols)
+    cols, space, levels = x.shape[1], workspace(), np.empty(_BLOCK, np.uint8)
+    for part, to in parts(x, out):
+        found, variance = room_for_results(part.size // _BLOCK), np.empty(part.size // cols, np.float32)
+        mean_squares(part, cols, ONE, variance)
+        if offset:
+            scan_offset(part, importance, variance, cols, width, _PLAN, space, found)
+        else:
+            scan_signed(part, importance, variance, cols, _BLOCK, np.float32(1 << width - 1), space, found)
+        _finish(part, found, to, offset, width, levels)
+
+
+@lean
+def _finish(x: Any, found: Any, out: Any, offset: bool, width: int, levels: Any) -> None:
+    """Stores scales, offsets and the levels that the search ended with."""
+    scales, inverses, lows, bases, _ = found
     nbytes = (4 if offset else 2) + 4 * width
     top = np.float32((1 << width) - 1) if offset else np.float32(1 << width - 1)
-    for start in range(0, flat.size, TILE):
-        count = min(LANES, (flat.size - start) // _BLOCK)
-        search.load(flat, start, count, _BLOCK, flat.size, tile)
-        search.load(importance, start, count, _BLOCK, cols, weights)
-        for k in range(count):
-            variance[k] = spread[(start + k * _BLOCK) // cols]
-        search.weigh_importance(tile, _BLOCK, weights, variance)
+    for b in range(x.size // _BLOCK):
+        to, block = b * nbytes, x[b * _BLOCK : (b + 1) * _BLOCK]
+        packing.put_half(scales[b], out, to)
         if offset:
-            first, step = np.float32(-0.9), np.float32(0.05)
-            search.search_offset(tile, weights, work, _BLOCK, top, first, step, 36, False, state)
+            packing.put_half(lows[b], out, to + 2)
+            for i in range(_BLOCK):
+                levels[i] = np.int32(level(inverses[b] * (block[i] - bases[b]), ZERO, top))
+        elif inverses[b] != ZERO:
+            for i in range(_BLOCK):
+                levels[i] = np.int32(level(inverses[b] * block[i], -top, top - ONE) + top)
         else:
-            search.search_signed(tile, weights, work, _BLOCK, top, state)
-        for k in range(count):
-            to, part = (start // _BLOCK + k) * nbytes, flat[start + k * _BLOCK : start + (k + 1) * _BLOCK]
-            packing.put_half(state[SCALE + k], out, to)
-            if offset:
-                packing.put_half(state[LOW + k], out, to + 2)
-            _levels(part, state[INVERSE + k], state[BASE + k], top, offset, levels)
-            if width == 5:
-                packing.pack_fifth_bits(levels, out, to + nbytes - 20)
-            packing.pack_nibbles(levels, 16, out, to + nbytes - 16)
-
-
-@lean
-def _levels(x: Any, inverse: Any, base: Any, top: Any, offset: bool, levels: Any) -> None:
-    if offset:
-        for i in range(_BLOCK):
-            levels[i] = np.int32(level(inverse * (x[i] - base), _ZERO, top))
-    elif inverse != _ZERO:
-        for i in range(_BLOCK):
-            levels[i] = np.int32(level(inverse * x[i], -top, top - _ONE) + top)
-    else:
-        for i in range(_BLOCK):
-            levels[i] = 0
+            levels[:_BLOCK] = 0
+        if width == 5:
+            packing.pack_fifth_bits(levels, out, to + nbytes - 20)
+        packing.pack_nibbles(levels, 16, out, to + nbytes - 16)
