@@ -210,6 +210,7 @@ def evaluate(
     stride: int | None = None,
     chunks: int | None = None,
     threads: int | None = None,
+    adapters: tuple[str, ...] = (),
     assume_tied: bool = False,
     progress: Progress = silent,
 ) -> Evaluation:
@@ -224,6 +225,7 @@ def evaluate(
         stride: Tokens between windows' starts; None for the definition's own.
         chunks: Windows to score at most; None for all.
         threads: Threads; None for all processors.
+        adapters: LoRA folders to merge into `model` on read, `DIR` or `DIR:SCALE`; the base stays as it is.
         assume_tied: Whether a missing head is the embedding.
         progress: As for `run`.
 
@@ -232,7 +234,7 @@ def evaluate(
         UsageError: the definition makes no windows.
     """
     return evaluate_checkpoints(
-        open(model),
+        open(model, adapters),
         open(base) if base is not None else None,
         names=(str(model), str(base) if base is not None else None),
         text=text,

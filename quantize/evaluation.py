@@ -8,6 +8,7 @@ independent halves the honest interval.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from quantize.calib_data import read_text
-from quantize.errors import InputError, QualityError, UsageError, unknown_name
+from quantize.errors import InconclusiveError, InputError, QualityError, UsageError, unknown_name
 from quantize.formats.base import Checkpoint
 from quantize.parallel import default_threads, one_torch_thread
 from quantize.progress import Progress, silent
@@ -162,7 +163,11 @@ class Evaluation:
         return value
 
     def gate(
-        self, max_ppl_increase: float | None = None, max_kld: float | None = None, min_top1: float | None = None
+        self,
+        max_ppl_increase: float | None = None,
+        max_kld: float | None = None,
+        min_top1: float | None = None,
+        conclusive: bool = False,
     ) -> None:
         """Checks limits.
 
@@ -170,13 +175,16 @@ class Evaluation:
             max_ppl_increase: Largest allowed relative increase of perplexity over the base, 0.02 for 2 %.
             max_kld: Largest allowed mean KL divergence.
             min_top1: Smallest allowed share of equal most likely tokens.
+            conclusive: Whether a 95 % interval that reaches across a limit is an error as well.
 
         Raises:
             UsageError: there is a limit but no base.
             QualityError: a limit is exceeded; the first one is named.
+            InconclusiveError: none is, but the text is too short to be sure.
         """
+        limits = (max_ppl_increase, max_kld, min_top1)
         if self.base is None:
-            if (max_ppl_increase, max_kld, min_top1) != (None, None, None):
+            if limits != (None, None, None):
                 raise UsageError("a limit needs a base to compare with", "name it with --base")
             return
         increase = self.perplexity / self.base_perplexity - 1
@@ -187,6 +195,29 @@ class Evaluation:
             raise QualityError(f"{self.model}: KL divergence {self.kl_divergence:.5f} exceeds the limit {max_kld}")
         if min_top1 is not None and not self.top1_agreement >= min_top1:
             raise QualityError(f"{self.model}: top-1 agreement {self.top1_agreement:.4f} is under the limit {min_top1}")
+        if conclusive:
+            self._require_conclusive(*limits)
+
+    def _require_conclusive(
+        self, max_ppl_increase: float | None, max_kld: float | None, min_top1: float | None
+    ) -> None:
+        """Refuses limits that lie within the 95 % interval of what was measured."""
+        figures = self.to_dict()
+        increase = {key: math.expm1(value) for key, value in figures["ln_ppl_difference"].items()}
+        for name, limit, interval, worst in (
+            ("the increase of perplexity", max_ppl_increase, increase, "high"),
+            ("KL divergence", max_kld, figures["kl_divergence"], "high"),
+            ("top-1 agreement", min_top1, figures["top1_agreement"], "low"),
+        ):
+            if limit is None:
+                continue
+            sure = interval[worst] <= limit if worst == "high" else interval[worst] >= limit
+            if not sure:  # also where one chunk gives no interval
+                raise InconclusiveError(
+                    f"{self.model}: {name} is {interval['mean']:.5f}, but its 95 % interval "
+                    f"[{interval['low']:.5f}, {interval['high']:.5f}] reaches across the limit {limit}",
+                    "measure on more text: raise --chunks",
+                )
 
 
 def evaluate_checkpoints(

@@ -34,6 +34,8 @@ quantize eval Model-AWQ --base Model --max-ppl-increase 2% --min-top1 90%
     "--max-kld", type=click.FloatRange(min=0), metavar="NATS", help="Fail if the mean KL divergence is larger."
 )
 @click.option("--min-top1", type=options.share, metavar="SHARE", help="Fail if top-1 agreement is less: 90% or 0.9.")
+@click.option("--conclusive", is_flag=True, help="Fail with exit code 6 if a 95 % interval reaches across a limit.")
+@options.adapter
 @options.assume_tied
 @options.threads
 @options.device
@@ -45,13 +47,14 @@ def command(
     max_ppl_increase: float | None,
     max_kld: float | None,
     min_top1: float | None,
+    conclusive: bool,
     as_json: bool,
     **settings: Any,
 ) -> None:
     """Measure a model's quality, and pass or fail it against limits.
 
     MODEL is whatever 'quantize run' reads or writes; it runs block by block and need not fit in memory. A limit that
-    is exceeded ends in exit code 5.
+    is exceeded ends in exit code 5, with --conclusive one that cannot be told apart from the figure in 6.
     """
     limits = {"max_ppl_increase": max_ppl_increase, "max_kld": max_kld, "min_top1": min_top1}
     if base is None and any(limit is not None for limit in limits.values()):
@@ -62,4 +65,4 @@ def command(
     with render.progress() as progress:
         result = api.evaluate(model, base, progress=progress, **settings)
     render.evaluation(result, as_json)
-    result.gate(**limits)
+    result.gate(**limits, conclusive=conclusive)

@@ -11,7 +11,6 @@ from quantize.cli import options
 _EXAMPLES = """
 quantize imatrix path/or/hub-id --calib notes.txt --calib chats.jsonl
 quantize imatrix Model --out Model.imatrix.gguf
-quantize run Model --type IQ2_M --imatrix Model.imatrix.gguf
 quantize imatrix Model.imatrix.gguf
 quantize imatrix one.gguf two.dat --out both.gguf
 """
