@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
@@ -19,7 +21,20 @@ def lean(function: _F) -> _F:
     function must not make arrays: it gets all that it works in.
     """
     options = {"cache": True, "nogil": True, "error_model": "numpy", "boundscheck": False, "_nrt": False}
-    return numba.njit(**options)(function)  # type: ignore[no-any-return]
+    compiled = numba.njit(**options)(function)
+    # numba would keep machine code as long as the file of the function itself does not change, whatever is compiled
+    # into it from others here.
+    stored = getattr(getattr(compiled, "_cache", None), "_cache_file", None)
+    if hasattr(stored, "_source_stamp"):
+        stored._source_stamp = _stamp()
+    return compiled  # type: ignore[no-any-return]
+
+
+@cache
+def _stamp() -> tuple[float, int]:
+    """Returns the time of the last change in this folder, and the size of all its modules."""
+    states = [path.stat() for path in Path(__file__).parent.glob("*.py")]
+    return max(state.st_mtime for state in states), sum(state.st_size for state in states)
 
 
 @intrinsic  # type: ignore[untyped-decorator]
