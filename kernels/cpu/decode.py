@@ -145,8 +145,8 @@ def _decode_legacy(blocks: Any, out: Any, width: int, offset: bool) -> None:
         low = get_half(blocks, at + 2) if offset else np.float32(0)
         high = np.int64(0)
         if width == 5:
-            for byte in range(4):
-                high |= np.int64(blocks[at + nbytes - 20 + byte]) << 8 * byte
+            for part in range(4):
+                high |= np.int64(blocks[at + nbytes - 20 + part]) << 8 * part
         for i in range(16):
             byte = np.int32(blocks[at + nbytes - 16 + i])
             a = (byte & 15) | np.int32(high >> i & 1) << 4

@@ -28,13 +28,13 @@ def encode_nvfp4(x: Any, importance: Any, out: Any) -> None:
 
 
 @lean
-def power(code: int) -> Any:
+def power(code: Any) -> Any:
     """Returns half the scale that an E8M0 byte stands for."""
     return np.int32(0x200000 << code if code < 2 else (code - 1) << 23).view(np.float32)
 
 
 @lean
-def small_float(code: int) -> Any:
+def small_float(code: Any) -> Any:
     """Returns half the scale that an E4M3 byte (no sign) stands for; 0 for NaN, as readers have it."""
     exponent, mantissa = code >> 3 & 15, np.float32(code & 7)
     if code == 0x7F:
@@ -45,7 +45,7 @@ def small_float(code: int) -> Any:
 
 
 @lean
-def _small_float_code(value: Any) -> int:
+def _small_float_code(value: Any) -> Any:
     """Returns the E4M3 byte of a scale: to nearest with halves up, at most 448; small ones as whole multiples."""
     if not value > _ZERO:
         return 0

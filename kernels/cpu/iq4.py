@@ -176,7 +176,7 @@ def _finish_super(x: Any, scales: Any, out: Any, levels: Any) -> None:
         inverse = ONE / d if d != ZERO else ZERO
         high, low = 0, 0
         for j in range(8):
-            code = min(max(np.int64(nearest(inverse * scales[8 * b + j])), -32), 31)
+            code: Any = min(max(np.int64(nearest(inverse * scales[8 * b + j])), -32), 31)
             scale, first = d * np.float32(code), b * _SUPER + j * _BLOCK
             _choose(x[first : first + _BLOCK], ONE / scale if scale != ZERO else ZERO, levels)
             packing.pack_nibbles(levels, 16, out, at + 8 + 16 * j)

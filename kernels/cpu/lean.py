@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
 from typing import Any, TypeVar
 
-import numba
 from numba import types
 from numba.extending import intrinsic
 
+from quantize.kernels.cpu.numeric import compiled
+
 _F = TypeVar("_F", bound=Callable[..., Any])
+_intrinsic: Callable[[Any], Any] = intrinsic
 
 
 def lean(function: _F) -> _F:
@@ -20,24 +20,12 @@ def lean(function: _F) -> _F:
     Counting takes two atomic instructions for every slice, as much time as a short block needs. In exchange such a
     function must not make arrays: it gets all that it works in.
     """
-    options = {"cache": True, "nogil": True, "error_model": "numpy", "boundscheck": False, "_nrt": False}
-    compiled = numba.njit(**options)(function)
-    # numba would keep machine code as long as the file of the function itself does not change, whatever is compiled
-    # into it from others here.
-    stored = getattr(getattr(compiled, "_cache", None), "_cache_file", None)
-    if hasattr(stored, "_source_stamp"):
-        stored._source_stamp = _stamp()
-    return compiled  # type: ignore[no-any-return]
+    loop: Any = compiled(function)
+    loop.targetoptions["_nrt"] = False
+    return loop  # type: ignore[no-any-return]
 
 
-@cache
-def _stamp() -> tuple[float, int]:
-    """Returns the time of the last change in this folder, and the size of all its modules."""
-    states = [path.stat() for path in Path(__file__).parent.glob("*.py")]
-    return max(state.st_mtime for state in states), sum(state.st_size for state in states)
-
-
-@intrinsic  # type: ignore[untyped-decorator]
+@_intrinsic
 def pick(typing_context: Any, condition: Any, one: Any, other: Any) -> Any:
     """Returns `one if condition else other`, as a selection and never as a branch.
 

@@ -127,7 +127,7 @@ def pack_signed_scales(codes: Any, out: Any, at: int) -> None:
 
 
 @lean
-def get_signed_scale(blocks: Any, at: int, j: int) -> int:
+def get_signed_scale(blocks: Any, at: int, j: int) -> Any:
     """Returns number j of `pack_signed_scales`."""
     low = np.int64(blocks[at + j]) & 15 if j < 8 else np.int64(blocks[at + j - 8]) >> 4
     return low | ((np.int64(blocks[at + 8 + j % 4]) >> 2 * (j // 4) & 3) << 4)

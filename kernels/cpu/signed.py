@@ -260,7 +260,7 @@ def refine_signed(x: Any, w: Any, wx: Any, levels: Any, length: int, top: Any, s
 
 
 @lean
-def _sweep(x: Any, w: Any, wx: Any, levels: Any, length: int, low: Any, high: Any, state: Any) -> bool:
+def _sweep(x: Any, w: Any, wx: Any, levels: Any, length: int, low: Any, high: Any, state: Any) -> Any:
     """Tries a better level for each value in turn; returns whether any lane changed."""
     for k in range(LANES):
         state[ERROR + k] = ZERO

@@ -7,10 +7,11 @@ argument, since loops of a known length of 32 are unrolled before they could be 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
+from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -22,6 +23,7 @@ from quantize.kernels.cpu.offsets import scan_offset
 from quantize.kernels.cpu.signed import scan_signed
 from quantize.kernels.cpu.tiles import ONE, ZERO, level, mean_squares, parts, room_for_results, workspace
 
+_intrinsic: Callable[[Any], Any] = intrinsic
 _BLOCK = 32
 _HALF = np.float32(0.5)
 _PLAN = np.array((-0.9, 0.05, 36), np.float32)  # see `scan_offset`
@@ -74,7 +76,7 @@ def largest_bits(bits: Any, at: int, count: int) -> Any:
     return most
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@_intrinsic
 def _bit_extremes(typing_context: Any, bits: Any) -> Any:
     """Returns the greatest, the greatest with flipped sign bits, and the least of 32 int32, by vector instructions."""
 
@@ -87,10 +89,11 @@ def _bit_extremes(typing_context: Any, bits: Any) -> Any:
         for kind, vector in (("smax", values), ("smax", flipped), ("smin", values)):
             function = ir.FunctionType(ir.IntType(32), [whole])
             name = f"llvm.vector.reduce.{kind}.v{_BLOCK}i32"
-            results.append(builder.call(cgutils.get_or_insert_function(builder.module, function, name), [vector]))
+            reduction: Any = cgutils.get_or_insert_function(builder.module, function, name)  # type: ignore[no-untyped-call]
+            results.append(builder.call(reduction, [vector]))
         return context.make_tuple(builder, signature.return_type, results)
 
-    return types.UniTuple(types.int32, 3)(bits), build
+    return types.UniTuple(types.int32, 3)(bits), build  # type: ignore[no-untyped-call]
 
 
 @lean

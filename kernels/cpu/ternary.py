@@ -46,7 +46,7 @@ def _encode_q1_0(x: Any, out: Any) -> None:
         to = at // 128 * 18
         packing.put_half(total / np.float32(128), out, to)
         for byte in range(16):
-            bits = 0
+            bits = np.int64(0)
             for i in range(8):
                 bits |= np.int64(x[at + 8 * byte + i] >= _ZERO) << i
             out[to + 2 + byte] = bits
