@@ -25,6 +25,8 @@ from quantize.settings import Settings
 _BY_DTYPE = {torch.float32: MIXES["F32"], torch.float16: MIXES["F16"], torch.bfloat16: MIXES["BF16"]}
 _NAMED = 3
 _MATRIX = 2
+# A GGUF source is refused as a whole unless its rounding again is asked for.
+_OWN = "gguf"
 AUTO, NONE = "auto", "none"
 
 
@@ -191,11 +193,13 @@ def decide(
         overrides=rules,
         blind=frozenset(unread(view, header)),
     )
-    return {name: _decision(view, name, choice) for name, choice in choices.items()}
+    return {name: _decision(view, name, choice, settings.requantize) for name, choice in choices.items()}
 
 
-def _decision(view: Checkpoint, name: str, choice: Choice) -> Decision:
+def _decision(view: Checkpoint, name: str, choice: Choice, requantize: bool) -> Decision:
     source: Scheme = view.tensors[name].scheme
+    if isinstance(source, GGMLBlock) and view.format != _OWN and not requantize:
+        return Decision(None, f"{source} in the source: its codes go over as they are")
     if choice.type is not None:
         asked = parse_scheme(choice.wanted) if choice.wanted else None
         return Decision(parse_scheme(choice.type), choice.rule, asked)

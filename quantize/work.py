@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -73,9 +74,17 @@ class Work:
                 first = bad[0].tolist()
                 place = [first[0] + start, *first[1:]] if first else "its only value"
                 raise InputError(
-                    f"{self.checkpoint.file(name)}: tensor '{name}' holds {len(bad)} NaN or Inf, first at {place}",
+                    f"{self._named(name, first[0] + start if first else 0)} holds {len(bad)} NaN or Inf, first at {place}",
                     "download it again; --allow-nan lets it through",
                 )
+
+    def _named(self, name: str, index: int = 0) -> str:
+        """Returns file and name of a tensor as messages give them, and what the source calls it or its part `index`."""
+        origin = getattr(self.checkpoint, "origin", None)
+        if origin is None:
+            return f"{self.checkpoint.file(name)}: tensor '{name}'"
+        file, source = origin(name, index)
+        return f"{file}: tensor '{name}' (of '{source}')"
 
     # -- plain tensors ---------------------------------------------------------------------------------------------
 
@@ -130,9 +139,11 @@ class Work:
         if value.dtype == entry.scheme.dtype:
             return value
         result = value.to(entry.scheme.dtype)
-        if result.is_floating_point() and bool((result.isinf() & value.isfinite()).any()):
+        if result.is_floating_point() and bool((lost := result.isinf() & value.isfinite()).any()):
             raise InputError(
-                f"tensor '{entry.name}' has values beyond {dtype_name(entry.scheme.dtype)}", "use --dtype bf16"
+                f"{self._named(entry.name)} has {int(lost.sum())} values beyond {dtype_name(entry.scheme.dtype)}, "
+                f"up to {float(value.abs().max()):g}",
+                f"give it a wider type: --set '{entry.name}=bf16', or --dtype bf16 for all",
             )
         return result
 
@@ -173,9 +184,24 @@ class Work:
                 part = matrix[start:stop].float()
                 coded = entry.scheme.encode(part, weight)
                 packed.append(self.plan.format.pack(entry.name, coded)[entry.name])
-                lost += float((coded.dequantize() - part).square_().sum())
+                error = float((coded.dequantize() - part).square_().sum())
+                if not math.isfinite(error):
+                    self._refuse_overflow(entry, part, coded)
+                lost += error
                 whole += float(part.square_().sum())
         return packed, lost, whole
+
+    def _refuse_overflow(self, entry: Entry, part: Tensor, coded: QuantizedTensor) -> None:
+        """Refuses weights whose blocks would read back as NaN or Inf: their scales are half-precision floats.
+
+        Raises:
+            InputError: naming file and tensor.
+        """
+        if _finite(part) and not _finite(coded.dequantize()):
+            raise InputError(
+                f"{self._named(entry.name)} has weights too large for {entry.scheme}, up to {float(part.abs().max()):g}",
+                f"keep it: --set '{entry.name}=bf16'",
+            )
 
     @staticmethod
     def _adding(runs: Iterator[tuple[list[Tensor], float, float]], sums: list[float]) -> Iterator[Tensor]:

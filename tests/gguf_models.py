@@ -12,10 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import quantize
 from quantize.formats.folder import FolderCheckpoint
-from quantize.formats.gguf.metadata import Value
 from quantize.formats.gguf.view import GGUFView
-from quantize.schemes import GGMLBlock
 
 VOCABULARY = 300
 _DENSE: dict[str, Any] = {
@@ -310,37 +309,6 @@ def further_block(folder: Path) -> dict[str, Tensor | None]:
 
 
 def write_gguf(view: GGUFView, path: Path, kind: gguf.GGMLQuantizationType) -> Path:
-    """Writes a view as a file of one type, and as a vocabulary without texts."""
-    metadata = view.metadata()
-    writer = gguf.GGUFWriter(path, metadata["general.architecture"].data)
-    for key, value in metadata.items():
-        if key != "general.architecture":
-            add(writer, key, value)
-    writer.add_tokenizer_model("no_vocab")
-    for name, info in view.tensors.items():
-        if isinstance(info.scheme, GGMLBlock):
-            coded = view.read_coded(name)
-            assert coded is not None
-            blocks = coded.arrays["blocks"].numpy()
-            writer.add_tensor(name, blocks, raw_dtype=gguf.GGMLQuantizationType[info.scheme.type.upper()])
-            continue
-        values, chosen = view.read(name).float().numpy(), kind
-        if view.required_float(name):
-            chosen = gguf.GGMLQuantizationType.F32
-        elif kind == gguf.GGMLQuantizationType.Q8_0 and values.shape[-1] % 32:
-            chosen = gguf.GGMLQuantizationType.F16
-        writer.add_tensor(name, gguf.quantize(values, chosen), raw_dtype=chosen)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def add(writer: gguf.GGUFWriter, key: str, value: Value) -> None:
-    """Adds one value to a header."""
-    kind = gguf.GGUFValueType(int(value.kind))
-    if value.array:
-        writer.add_key_value(key, value.data, gguf.GGUFValueType.ARRAY, kind)
-    else:
-        writer.add_key_value(key, value.data, kind)
+    """Writes the model that a view shows as a file of one type, and without a vocabulary."""
+    settings: dict[str, Any] = {"type": kind.name, "pure": True, "imatrix": "none", "eval": "none", "threads": 1}
+    return quantize.run(view.path, out=path, **settings).out

@@ -21,7 +21,7 @@ from quantize.formats.gguf.architectures.rope import read_rope, rope_notices
 from quantize.formats.gguf.architectures.settings import Settings
 from quantize.formats.gguf.general import general_metadata, pooling
 from quantize.formats.gguf.metadata import Value, text, u32
-from quantize.schemes import QuantizedTensor
+from quantize.schemes import Plain, QuantizedTensor
 
 _TOWER = "vision tower: belongs in an mmproj file, which is not written"
 # Names of everything that is no language model.
@@ -66,6 +66,7 @@ class GGUFView:
         self._place_head(held)
         self._refuse_unlisted(held)
         self._metadata = self.architecture.metadata(self.settings)
+        self._refuse_integers()
         computed = {name: Constant(values) for name, values in self.architecture.made(self.settings).items()}
         self._made = self._ordered({**computed, **self._made})
 
@@ -150,6 +151,17 @@ class GGUFView:
                 raise InputError(f"{self._base.path}: {what}", "--arch names another architecture")
             self.dropped[stored] = reason
 
+    def _refuse_integers(self) -> None:
+        """Refuses whole numbers where weights belong.
+
+        Raises:
+            InputError: naming the tensor.
+        """
+        for name, tensor in self._made.items():
+            if isinstance(tensor.scheme, Plain) and not tensor.scheme.dtype.is_floating_point:
+                what = f"tensor '{self.origin(name)[1]}' holds {tensor.scheme}: packed codes of a kind that is not known"
+                raise InputError(f"{self._base.path}: {what}", "use the model that it was made from")
+
     @staticmethod
     def _ordered(tensors: dict[str, Lazy]) -> dict[str, Lazy]:
         """Returns the tensors with what comes after the blocks at the end."""
@@ -219,6 +231,14 @@ class GGUFView:
         """Returns the file that holds a tensor's first source."""
         sources = self._made[name].sources
         return self._base.file(sources[0]) if sources else self._base.path
+
+    def origin(self, name: str, index: int = 0) -> tuple[Path, str]:
+        """Returns file and stored name of what a tensor is made of: of a stack, that of its matrix `index`."""
+        sources = self._made[name].sources
+        if not sources:
+            return self._base.path, name
+        source = sources[index if len(sources) == self._made[name].shape[0] else 0]
+        return self._base.file(source), source
 
     def sources(self, name: str) -> tuple[str, ...]:
         """Returns the stored tensors that one is made of, experts in order; none for a computed one."""

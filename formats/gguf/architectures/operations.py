@@ -145,6 +145,8 @@ SQUEEZE = reshape(
 )
 #: A scalar or a vector of one value as a vector.
 ONE = reshape(lambda s, t: (1,), lambda s, t: (1,))
+#: A matrix of one row; files leave out leading dimensions of 1.
+ROW = reshape(lambda s, t: (1, t.shape[-1]), lambda s, t: (1, t.shape[-1]))
 #: A stack whose matrices hold gate over up.
 GATE_UP = split_inner(halves)
 

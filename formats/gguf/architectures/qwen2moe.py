@@ -9,6 +9,7 @@ from quantize.formats.gguf.architectures.base import (
     outer,
     routed,
 )
+from quantize.formats.gguf.architectures.operations import ROW
 from quantize.formats.gguf.architectures.settings import EXPERT_FFN, EXPERTS_USED, Field, Settings, experts
 
 #: The width of the expert that every token takes.
@@ -39,7 +40,7 @@ QWEN2MOE = Architecture(
         *block("ffn_norm", "post_attention_layernorm"),
         *block("ffn_gate_inp", "mlp.gate"),
         *routed("mlp.experts"),
-        *block("ffn_gate_inp_shexp", "mlp.shared_expert_gate"),
+        *block("ffn_gate_inp_shexp", "mlp.shared_expert_gate", ROW),
         *mlp("mlp.shared_expert", target="_shexp"),
     ),
     fields=(*DECODER, experts("num_experts"), EXPERTS_USED, EXPERT_FFN, SHARED_FFN),

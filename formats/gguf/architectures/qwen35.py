@@ -23,6 +23,7 @@ from quantize.formats.gguf.architectures.base import (
 from quantize.formats.gguf.architectures.operations import (
     MINUS_EXP,
     PLUS_ONE,
+    ROW,
     SAME,
     SQUEEZE,
     Operation,
@@ -201,7 +202,7 @@ QWEN35 = Architecture(
 EXPERTS = (
     *block("ffn_gate_inp", "mlp.gate"),
     *routed("mlp.experts"),
-    *block("ffn_gate_inp_shexp", "mlp.shared_expert_gate"),
+    *block("ffn_gate_inp_shexp", "mlp.shared_expert_gate", ROW),
     *mlp("mlp.shared_expert", target="_shexp"),
 )
 EXPERT_FIELDS = (experts("num_experts"), EXPERTS_USED, EXPERT_FFN, SHARED_FFN)
