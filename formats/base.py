@@ -159,12 +159,13 @@ class Format(Protocol):
             InputError: it is broken or of a kind that cannot be read.
         """
 
-    def view(self, checkpoint: Checkpoint, arch: str | None = None) -> Checkpoint:
+    def view(self, checkpoint: Checkpoint, arch: str | None = None, assume_tied: bool = False) -> Checkpoint:
         """Returns the model under the names and in the order of this format.
 
         Args:
             checkpoint: The source.
             arch: What this format calls the model's architecture, where it cannot tell.
+            assume_tied: Whether a missing head is the embedding.
 
         Raises:
             InputError: the format has no names for such a model.

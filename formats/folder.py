@@ -243,7 +243,7 @@ class FolderFormat:
 
     single_file = False
 
-    def view(self, checkpoint: Checkpoint, arch: str | None = None) -> Checkpoint:
+    def view(self, checkpoint: Checkpoint, arch: str | None = None, assume_tied: bool = False) -> Checkpoint:
         """Returns the model itself: names and shapes stay."""
         return checkpoint
 

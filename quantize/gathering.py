@@ -37,7 +37,7 @@ def importance_of(model: str | Path | None, settings: Settings, folder: Path, pr
     """
     checkpoint = open_checkpoint(model, settings.adapters)
     skeleton = Skeleton(checkpoint, settings.assume_tied)
-    view = named("gguf").view(checkpoint, settings.arch)
+    view = named("gguf").view(checkpoint, settings.arch, settings.assume_tied)
     text = calibration_text(settings, skeleton, checkpoint, progress)
     threads = settings.threads or default_threads()
     with one_torch_thread(), tempfile.TemporaryDirectory(dir=folder, prefix=".quantize-") as spill:

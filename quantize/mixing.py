@@ -66,16 +66,16 @@ class Mixing:
         file = Path(asked).expanduser() if asked not in (AUTO, NONE) else None
         matrix = read_imatrix(file) if file is not None and file.exists() else None
         metadata: Mapping[str, Any] = view.metadata()  # type: ignore[attr-defined]
-        coded = any(not isinstance(info.scheme, Plain) for info in view.tensors.values())
-        if preset is None and not settings.dtype and coded:
-            decisions = {name: Decision(None, "as stored") for name in view.tensors}
-        else:
-            decisions = decide(view, metadata, mix, settings, importance=matrix is not None or file is not None)
+        held: dict[str, Decision] = {}
+        if preset is None and not settings.dtype:
+            held = {name: Decision(None, "as stored") for name in held_already(view, target)}
+        decisions = decide(view, metadata, mix, settings, importance=matrix is not None or file is not None) | held
         gathers = matrix is None and asked != NONE and (file is not None or bool(needy(decisions, mix)))
         if gathers and file is None:
-            decisions = decide(view, metadata, mix, settings, importance=True)
+            decisions = decide(view, metadata, mix, settings, importance=True) | held
         result = Mixing(mix, decisions, Header({}), gathers, save=file if gathers else None)
-        options: dict[str, Any] = {"file_type": mix.file_type, "pre": settings.pre}
+        same = len(held) == len(decisions) and metadata.get("general.file_type")
+        options: dict[str, Any] = {"file_type": same.data if same else mix.file_type, "pre": settings.pre}
         schemes = [decision.scheme or view.tensors[name].scheme for name, decision in decisions.items()]
         options["quantized"] = any(not isinstance(scheme, Plain) for scheme in schemes)
         if matrix is not None:
@@ -116,6 +116,16 @@ def _notes(missing: Sequence[str], matrix: ImportanceMatrix) -> tuple[str, ...]:
             experts = ", ".join(map(str, stack.unseen))
             notes.append(f"{stack.name}: no token reached {len(stack.unseen)} of {stack.experts} experts: {experts}")
     return tuple(notes)
+
+
+def held_already(view: Checkpoint, target: Format) -> list[str]:
+    """Returns the tensors that a conversion leaves as they are: all of a GGUF file that is quantized, and codes of
+    other sources that GGUF holds.
+    """
+    coded = [name for name, info in view.tensors.items() if not isinstance(info.scheme, Plain)]
+    if view.format == _OWN:
+        return list(view.tensors) if coded else []
+    return [name for name in coded if target.reject(view.tensors[name].scheme) is None]
 
 
 def plain_mix(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Mix:

@@ -71,7 +71,7 @@ class Job:
         self.method: Method | None = methods.named(self.choice.method) if self.choice else None
         self.target = formats.named(self.choice.format if self.choice else self.settings.format or "hf")
         self._refuse_second_rounding()
-        self.view = self.target.view(self.checkpoint, settings.arch)
+        self.view = self.target.view(self.checkpoint, settings.arch, settings.assume_tied)
         self.out = _output(settings.out if settings.out is not None else self._default_name())
         self.threads = settings.threads or default_threads()
         self.mix: Mixing | None = None

@@ -25,6 +25,8 @@ _COPY = 16 * 2**20
 # Weights coded at a time by one worker.
 _RUN = 2**20
 _MATRIX = 2
+# The largest half-precision float.
+_HALF = 65504.0
 # Bytes written between two commits, each of which waits for the disk.
 _COMMIT = 64 * 2**20
 
@@ -73,8 +75,9 @@ class Work:
                 bad = (~value.float().isfinite()).nonzero()
                 first = bad[0].tolist()
                 place = [first[0] + start, *first[1:]] if first else "its only value"
+                named = self._named(name, first[0] + start if first else 0)
                 raise InputError(
-                    f"{self._named(name, first[0] + start if first else 0)} holds {len(bad)} NaN or Inf, first at {place}",
+                    f"{named} holds {len(bad)} NaN or Inf, first at {place}",
                     "download it again; --allow-nan lets it through",
                 )
 
@@ -143,7 +146,7 @@ class Work:
             raise InputError(
                 f"{self._named(entry.name)} has {int(lost.sum())} values beyond {dtype_name(entry.scheme.dtype)}, "
                 f"up to {float(value.abs().max()):g}",
-                f"give it a wider type: --set '{entry.name}=bf16', or --dtype bf16 for all",
+                f"give it a wider type: --set '{entry.name}=bf16', or take bf16 for all",
             )
         return result
 
@@ -184,23 +187,23 @@ class Work:
                 part = matrix[start:stop].float()
                 coded = entry.scheme.encode(part, weight)
                 packed.append(self.plan.format.pack(entry.name, coded)[entry.name])
-                error = float((coded.dequantize() - part).square_().sum())
-                if not math.isfinite(error):
-                    self._refuse_overflow(entry, part, coded)
-                lost += error
-                whole += float(part.square_().sum())
+                error, power = float((coded.dequantize() - part).square_().sum()), float(part.square().sum())
+                if not error < power / 4:
+                    self._refuse_clamped(entry, part, coded)
+                lost, whole = lost + error, whole + power
         return packed, lost, whole
 
-    def _refuse_overflow(self, entry: Entry, part: Tensor, coded: QuantizedTensor) -> None:
-        """Refuses weights whose blocks would read back as NaN or Inf: their scales are half-precision floats.
+    def _refuse_clamped(self, entry: Entry, part: Tensor, coded: QuantizedTensor) -> None:
+        """Refuses weights that a block cannot reach, whose scale is a half-precision float; encoders clamp them.
 
         Raises:
             InputError: naming file and tensor.
         """
-        if _finite(part) and not _finite(coded.dequantize()):
+        largest, reached = (float(max(-low, high)) for low, high in (part.aminmax(), coded.dequantize().aminmax()))
+        if _HALF < largest < math.inf and not reached > largest / 2:
             raise InputError(
-                f"{self._named(entry.name)} has weights too large for {entry.scheme}, up to {float(part.abs().max()):g}",
-                f"keep it: --set '{entry.name}=bf16'",
+                f"{self._named(entry.name)} has weights up to {largest:g}, too large for {entry.scheme}",
+                f"give it a wider type: --set '{entry.name}=bf16'",
             )
 
     @staticmethod

@@ -56,11 +56,11 @@ class GGUFFormat:
         """Returns the model at `path` as a checkpoint."""
         return GGUFCheckpoint(path)
 
-    def view(self, checkpoint: Checkpoint, arch: str | None = None) -> Checkpoint:
+    def view(self, checkpoint: Checkpoint, arch: str | None = None, assume_tied: bool = False) -> Checkpoint:
         """Returns the model under GGUF's names; one that is GGUF already keeps its own names and metadata."""
         if isinstance(checkpoint, GGUFCheckpoint) and arch is None:
             return StoredView(checkpoint)
-        return GGUFView(checkpoint, arch)
+        return GGUFView(checkpoint, arch, assume_tied)
 
     def reject(self, scheme: Scheme) -> str | None:
         """Returns a reason for grids that GGML has not."""

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from quantize.errors import InputError
 from quantize.formats.base import TensorInfo
-from quantize.formats.container import read_rows
 from quantize.formats.gguf.architectures.assemble import backward
 from quantize.formats.gguf.architectures.lazy import Arrays, Lazy
 from quantize.formats.gguf.architectures.settings import Settings
@@ -53,7 +52,7 @@ class _Held(Lazy):
 
     def fetch(self, start: int, stop: int, coded: bool) -> Arrays:
         """Reads rows as they are coded; decodes them when values are wanted."""
-        rows = read_rows(self.stored.extent, start, stop)
+        rows = self.stored.read(start, stop)
         if coded:
             return {"blocks": rows}
         if isinstance(self.scheme, Plain):
@@ -69,7 +68,7 @@ class GGUFCheckpoint:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        parts = read_parts(path)
+        parts = read_parts(path, any_order=True)
         self._first = parts[0]
         self.metadata: dict[str, Any] = self._first.metadata
         architecture, keys = read_keys(self._first)

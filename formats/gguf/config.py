@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from quantize.errors import InputError
-from quantize.formats.container import read_rows
 from quantize.formats.gguf.architectures import Architecture, of_metadata
 from quantize.formats.gguf.architectures.base import HEAD
 from quantize.formats.gguf.architectures.rope import FACTORS, LONG, SHORT
@@ -66,7 +65,7 @@ def read_config(architecture: Architecture, keys: Keys, tensors: Mapping[str, St
 
 def _values(stored: Stored) -> list[float]:
     # The shortest decimals of float32, as the config had them.
-    return [float(str(value)) for value in read_rows(stored.extent).float().numpy().reshape(-1)]
+    return [float(str(value)) for value in stored.read().float().numpy().reshape(-1)]
 
 
 def _dtype_name(tensors: Mapping[str, Stored]) -> str:

@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor
 
 from quantize.formats.base import TensorInfo
-from quantize.formats.container import read_rows
 from quantize.formats.gguf.checkpoint import GGUFCheckpoint
 from quantize.formats.gguf.header import read_values
 from quantize.formats.gguf.metadata import Value
@@ -60,14 +59,14 @@ class StoredView:
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Returns rows: in their own dtype when plain, decoded to float32 when not."""
         coded = self.read_coded(name, start, stop)
-        return read_rows(self._stored[name].extent, start, stop) if coded is None else coded.dequantize()
+        return self._stored[name].read(start, stop) if coded is None else coded.dequantize()
 
     def read_coded(self, name: str, start: int = 0, stop: int | None = None) -> QuantizedTensor | None:
         """Returns the blocks of rows, or None for a plain tensor."""
         stored = self._stored[name]
         if isinstance(stored.scheme, Plain):
             return None
-        blocks = read_rows(stored.extent, start, stop)
+        blocks = stored.read(start, stop)
         return QuantizedTensor(stored.scheme, (len(blocks), *stored.shape[1:]), {"blocks": blocks})
 
     def file(self, name: str) -> Path:

@@ -159,8 +159,9 @@ class GGUFView:
         """
         for name, tensor in self._made.items():
             if isinstance(tensor.scheme, Plain) and not tensor.scheme.dtype.is_floating_point:
-                what = f"tensor '{self.origin(name)[1]}' holds {tensor.scheme}: packed codes of a kind that is not known"
-                raise InputError(f"{self._base.path}: {what}", "use the model that it was made from")
+                file, source = self.origin(name)
+                what = f"tensor '{source}' holds {tensor.scheme}, no weights: packed codes of an unknown kind"
+                raise InputError(f"{file}: {what}", "use the model that it was made from")
 
     @staticmethod
     def _ordered(tensors: dict[str, Lazy]) -> dict[str, Lazy]:

@@ -31,10 +31,10 @@ def compiled(function: _F) -> _F:
     """
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "boundscheck": False}
     before = config.CACHE_DIR
-    config.CACHE_DIR = before or str(code_folder())
     try:
+        config.CACHE_DIR = before or str(code_folder())
         return numba.njit(cache=True, **options)(function)  # type: ignore[no-any-return]
-    except RuntimeError:  # no folder can be written to: compile anew in every process
+    except RuntimeError:  # no folder can be written to, or no home: compile anew in every process
         return numba.njit(**options)(function)  # type: ignore[no-any-return]
     finally:
         config.CACHE_DIR = before

@@ -393,13 +393,20 @@ def test_broken_files(tmp_path: Path, content: bytes, message: str) -> None:
     assert str(path) in caught.value.message
 
 
+def test_big_endian(tmp_path: Path) -> None:
+    tensors = make_tensors(4, 2, 8, torch.float16)
+    little, big = (
+        GGUFFormat().open(write(tmp_path / f"{order.name}.gguf", tensors, order=order)) for order in gguf.GGUFEndian
+    )
+    assert little.config == big.config
+    assert all(torch.equal(little.read(name), big.read(name)) for name in little.tensors)
+
+
 def test_foreign_files(tmp_path: Path) -> None:
     tensors = make_tensors(4, 2, 8, torch.float16)
     path = tmp_path / "m.gguf"
     with pytest.raises(InputError, match="architecture 'plamo' cannot be read"):
         GGUFFormat().open(write(path, tensors, arch="plamo"))
-    with pytest.raises(InputError, match="big-endian"):
-        GGUFFormat().open(write(path, tensors, order=gguf.GGUFEndian.BIG))
     with pytest.raises(InputError, match=r"lacks the metadata key 'llama\.expert_used_count'"):
         GGUFFormat().open(write(path, tensors, more=lambda w: w.add_expert_count(8)))
     with pytest.raises(InputError, match="type 'adapter', not a model"):
