@@ -30,14 +30,17 @@ def compiled(function: _F) -> _F:
     Divisions by zero give Inf or NaN as in C: a branch would keep loops from being vectorised.
     """
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "boundscheck": False}
-    before = config.CACHE_DIR
+    settings: Any = config  # numba sets its names at run time
+    made: Any
+    before = settings.CACHE_DIR
     try:
-        config.CACHE_DIR = before or str(code_folder())
-        return numba.njit(cache=True, **options)(function)  # type: ignore[no-any-return]
+        settings.CACHE_DIR = before or str(code_folder())
+        made = numba.njit(cache=True, **options)(function)
     except RuntimeError:  # no folder can be written to, or no home: compile anew in every process
-        return numba.njit(**options)(function)  # type: ignore[no-any-return]
+        made = numba.njit(**options)(function)
     finally:
-        config.CACHE_DIR = before
+        settings.CACHE_DIR = before
+    return made  # type: ignore[no-any-return]
 
 
 @cache
@@ -56,7 +59,8 @@ def code_folder() -> Path:
 
 def inlined(function: _F) -> _F:
     """Compiles a small helper into each of its callers."""
-    return numba.njit(error_model="numpy", boundscheck=False, inline="always")(function)  # type: ignore[no-any-return]
+    made: Any = numba.njit(error_model="numpy", boundscheck=False, inline="always")(function)
+    return made  # type: ignore[no-any-return]
 
 
 @compiled
