@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -87,8 +88,9 @@ class NamedAnatomy:
         return (name, *self.names[name])
 
     def block_of(self, name: str) -> str | None:
-        """Returns None: nothing is worked on block by block."""
-        return None
+        """Returns the numbered part of the name that GGUF gives the tensors of a block."""
+        found = re.match(r"((enc|dec)\.)?blk\.\d+(?=\.)", name)
+        return found[0] if found else None
 
     def why_kept(self, name: str) -> str:
         """Returns the rule for all that no mix and no recipe speaks of."""

@@ -384,6 +384,7 @@ class Job:
             threads=self.threads,
             activation_budget=self.settings.activation_budget,
             shard_bytes=self.settings.split_size or unsplit,
+            gathers=self.mix is not None and self.mix.gathers,
         )
 
     def _refusal(self, plan: Plan) -> QuantizeError | None:

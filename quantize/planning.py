@@ -181,6 +181,7 @@ class Request:
         threads: Threads of the run, for the memory estimate.
         activation_budget: Bytes of waiting activations kept in memory.
         shard_bytes: The largest weight file, in bytes, as far as tensors allow.
+        gathers: Whether text passes through the model for the mean squares of its inputs alone.
     """
 
     scheme: Scheme | None
@@ -196,6 +197,7 @@ class Request:
     threads: int = 1
     activation_budget: int = 2**31
     shard_bytes: int = SHARD_BYTES
+    gathers: bool = False
 
 
 def make_plan(checkpoint: Checkpoint, anatomy: Anatomy, request: Request, out: Path) -> Plan:
@@ -419,10 +421,10 @@ def _files(entries: Sequence[Entry], request: Request, out: str) -> dict[str, tu
 
 def _peak(plan: Plan, checkpoint: Checkpoint, anatomy: Anatomy, request: Request) -> int:
     """Returns the estimated peak of anonymous memory, in bytes."""
-    if request.format.single_file and (request.method is None or not request.method.calibrates):
+    if request.format.single_file and not request.gathers:
         return _BASE_BYTES + (request.threads + 2) * _RUN_BYTES
     largest = max((entry.count for entry in plan.quantized), default=0)
-    if request.method is None or not request.method.calibrates:
+    if not request.gathers and (request.method is None or not request.method.calibrates):
         return _BASE_BYTES + 10 * largest + _SLACK_BYTES
     blocks: dict[str, int] = {}
     widths: dict[str, dict[str, int]] = {}
@@ -434,6 +436,7 @@ def _peak(plan: Plan, checkpoint: Checkpoint, anatomy: Anatomy, request: Request
                 widths.setdefault(block, {})[str(entry.shape[-1])] = entry.shape[-1]
     weights = 4 * max(blocks.values(), default=0)
     hessians = max((4 * sum(w * w for w in per.values()) for per in widths.values()), default=0)
+    hessians = 0 if request.gathers else hessians
     text = checkpoint.config.get("text_config") or checkpoint.config
     widest = max((max(per.values()) for per in widths.values()), default=0)
     hidden: int = text.get("hidden_size", widest)

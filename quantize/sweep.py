@@ -12,16 +12,13 @@ much, and 17 batches of a 135M model then held 1.7 GB instead of 1.0.
 
 from __future__ import annotations
 
-import ctypes
 import queue
-import tempfile
 import threading
 from collections import ChainMap, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from contextvars import copy_context
-from copy import copy, deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,14 +30,14 @@ from torch.overrides import TorchFunctionMode
 
 from quantize.errors import InputError
 from quantize.formats.base import Checkpoint
+from quantize.nested import flat, fresh, tensors
 from quantize.parallel import one_torch_thread
 from quantize.skeleton import Skeleton, stand_in
+from quantize.spill import Spill
 from quantize.statistics import Accumulator, S, Statistics
 
 # Threads only run Python frames and torch calls; the default of 8 MiB counts against a data limit for each batch.
 _STACK = 2 * 2**20
-# Smaller tensors are not worth a file.
-_SPILL_MIN = 2**20
 _HEAD_ROWS = 8192
 _MATMULS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm)
 
@@ -95,7 +92,7 @@ class _Watcher(TorchFunctionMode):
                 offset = weight.storage_offset() - whole.storage_offset()
                 self._observe(Site((name, -1 if whole.dim() < 3 else offset // whole.stride(0))), inputs)
         if self._used is not None and getattr(func, "__name__", "") != "__get__":
-            owners = (self._owner(value) for value in _flat((args, kwargs)) if isinstance(value, Tensor))
+            owners = (self._owner(value) for value in flat((args, kwargs)) if isinstance(value, Tensor))
             self._used.update(owner[0] for owner in owners if owner is not None)
         return func(*args, **(kwargs or {}))
 
@@ -222,13 +219,13 @@ class Stage:
 
     def probe(self, ask_used: bool = False) -> Trial:
         """Runs the probe batch through the block without letting it go on, and without touching what it carries."""
-        args, kwargs = _fresh(self._batches[0].call)
+        args, kwargs = fresh(self._batches[0].call)
         calls: list[tuple[Site, Tensor]] = []
         used: set[str] = set()
         watcher = _Watcher(self._loaded, lambda site, x: calls.append((site, x)), used if ask_used else None)
         with torch.no_grad(), _Paging(self._sweep), watcher:
             result = self._sweep.originals[self.path](*args, **kwargs)
-        return Trial(calls, used, list(_tensors((result, args, kwargs))))
+        return Trial(calls, used, list(tensors((result, args, kwargs))))
 
     @overload
     def run(self, groups: Mapping[Site, str] | None = None) -> dict[str, Statistics]: ...
@@ -314,7 +311,7 @@ class Sweep:
         self._checkpoint = checkpoint
         self._threads = max(1, threads)
         self._keep = keep
-        self._spill = _Spill(budget, folder, skeleton.model.buffers())
+        self._spill = Spill(budget, folder, skeleton.model.buffers())
         self._lock = threading.RLock()
         self._resident: set[str] = set()
         self._whole: dict[str, Tensor] = {}
@@ -471,7 +468,7 @@ class Sweep:
             watched, observer, finished = watch
             result = self._compute(forward, _Watcher(watched, observer(batch.index)))
             finished(batch.index)
-        self._require_finite(path, next(_tensors(result), None))
+        self._require_finite(path, next(tensors(result), None))
         return result
 
     def _compute(self, function: Callable[[], Any], *modes: AbstractContextManager[Any]) -> Any:
@@ -506,115 +503,3 @@ class Sweep:
             self._undo.callback(self.skeleton.put, {name: stand_in(value.shape) for name, value in values.items()})
             for value in values.values():
                 self._spill.never(value)
-
-
-class _Spill:
-    """Keeps the inputs of waiting batches on disk once they exceed a budget."""
-
-    def __init__(self, budget: int, folder: Path | None, shared: Iterable[Tensor]) -> None:
-        self._budget = budget
-        self._folder = folder
-        self._held = 0
-        self._lock = threading.Lock()
-        self._shared = {tensor.untyped_storage().data_ptr() for tensor in shared}
-
-    def never(self, tensor: Tensor) -> None:
-        """Says that a tensor belongs to the model and not to one batch."""
-        self._shared.add(tensor.untyped_storage().data_ptr())
-
-    def parked(self, values: Any) -> _Parked:
-        """Returns a context in which the large tensors in `values` may lie on disk instead of in memory."""
-        unique = {t.untyped_storage().data_ptr(): t for t in _tensors(values) if t.device.type == "cpu"}
-        own = [tensor for pointer, tensor in unique.items() if pointer not in self._shared]
-        movable = [t for t in own if t.untyped_storage().nbytes() >= _SPILL_MIN and t.untyped_storage().resizable()]
-        return _Parked(self, movable)
-
-    def claim(self, nbytes: int) -> bool:
-        """Returns whether `nbytes` more may stay in memory, and counts them if so."""
-        with self._lock:
-            fits = self._held + nbytes <= self._budget
-            self._held += nbytes if fits else 0
-            return fits
-
-    def release(self, nbytes: int) -> None:
-        """Gives back what `claim` counted."""
-        with self._lock:
-            self._held -= nbytes
-
-    def write(self, tensor: Tensor) -> Any:
-        """Moves a tensor's storage to an unnamed file and returns the open file."""
-        storage = tensor.untyped_storage()
-        file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 -- closed by `_Parked`
-        file.write(_storage_bytes(tensor))
-        storage.resize_(0)
-        return file
-
-    def read(self, tensor: Tensor, file: Any) -> None:
-        """Moves it back."""
-        storage = tensor.untyped_storage()
-        storage.resize_(file.tell())
-        file.seek(0)
-        file.readinto(_storage_bytes(tensor))
-
-
-def _storage_bytes(tensor: Tensor) -> memoryview:
-    """Returns a view of all bytes of a tensor's storage; one by way of numpy would forbid to resize it."""
-    storage = tensor.untyped_storage()
-    return memoryview((ctypes.c_ubyte * storage.nbytes()).from_address(storage.data_ptr())).cast("B")
-
-
-class _Parked:
-    """The context of one waiting batch. Left by an exception, what lies on disk is dropped: nobody reads it again."""
-
-    def __init__(self, spill: _Spill, tensors: list[Tensor]) -> None:
-        self._spill = spill
-        self._tensors = tensors
-        self._claimed = 0
-        self._files: list[tuple[Tensor, Any]] = []
-
-    def __enter__(self) -> None:
-        for tensor in self._tensors:
-            nbytes = tensor.untyped_storage().nbytes()
-            if self._spill.claim(nbytes):
-                self._claimed += nbytes
-            else:
-                self._files.append((tensor, self._spill.write(tensor)))
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        self._spill.release(self._claimed)
-        for tensor, file in self._files:
-            with file:
-                if kind is None:
-                    self._spill.read(tensor, file)
-
-
-def _flat(value: Any) -> Iterator[Any]:
-    """Yields what nested containers hold."""
-    if isinstance(value, Mapping):
-        value = tuple(value.values())
-    if isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _flat(item)
-    else:
-        yield value
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Yields the floating tensors in nested containers."""
-    return (item for item in _flat(value) if isinstance(item, Tensor) and item.is_floating_point())
-
-
-def _fresh(value: Any) -> Any:
-    """Returns `value` with containers, caches and tensors copied: a trial run must not change what a real run sees."""
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, MutableMapping):
-        duplicate = copy(value)
-        for key, item in value.items():
-            duplicate[key] = _fresh(item)
-        return duplicate
-    if type(value) in (tuple, list):
-        return type(value)(_fresh(item) for item in value)
-    if isinstance(value, nn.Module) or callable(value) or not hasattr(value, "__dict__"):
-        return value
-    return deepcopy(value)

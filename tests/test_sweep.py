@@ -16,7 +16,7 @@ from architectures import ARCHITECTURES, forward, load, token_ids
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from quantize import sweep as sweep_module
+from quantize import spill as spill_module
 from quantize.checkpoint import open_checkpoint
 from quantize.errors import InputError
 from quantize.skeleton import Skeleton
@@ -133,9 +133,9 @@ def test_spilled_inputs_change_nothing(
 ) -> None:
     held = swept(folder(name))[1:]
     written: list[int] = []
-    write = sweep_module._Spill.write
-    monkeypatch.setattr(sweep_module, "_SPILL_MIN", 0)
-    monkeypatch.setattr(sweep_module._Spill, "write", lambda self, t: (written.append(t.numel()), write(self, t))[1])
+    write = spill_module.Spill.write
+    monkeypatch.setattr(spill_module, "_WORTH", 0)
+    monkeypatch.setattr(spill_module.Spill, "write", lambda self, t: (written.append(t.numel()), write(self, t))[1])
     spilled = swept(folder(name), budget=0, folder=tmp_path)[1:]
     assert written
     assert torch.equal(spilled[1], held[1])
@@ -194,7 +194,7 @@ def test_leaves_the_caller_as_it_was(folder: Callable[[str], Path]) -> None:
 
 @pytest.mark.parametrize("budget", [2**31, 0])
 def test_may_be_left_early(budget: int, folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep_module, "_SPILL_MIN", 0)
+    monkeypatch.setattr(spill_module, "_WORTH", 0)
     alive = set(threading.enumerate())
     with sweeping(folder("t5"), budget=budget) as (skeleton, sweep):
         for stage in sweep.stages():
