@@ -14,6 +14,7 @@ GROUP ?= 64
 TEXT ?= wiki.test.raw
 CALIB ?= default
 LLAMA_CPP ?= llama.cpp
+IMATRIX ?= $(DEMO)/imatrix.gguf
 
 .PHONY: demo test lint peers bench clean
 
@@ -54,6 +55,12 @@ bench: $(VENV)/.ready
 	  --converter $(LLAMA_CPP)/convert_hf_to_gguf.py
 	$(BIN)/python benchmarks/awq.py $(MODEL) --group-size $(GROUP) --text $(TEXT) $(addprefix --calib ,$(CALIB)) \
 	  --peer $(PEERS)/llmcompressor/bin/python
+	$(BIN)/python benchmarks/encoders.py --library $(LLAMA_CPP)/build/bin
+	$(BIN)/python benchmarks/gguf_job.py $(MODEL) --imatrix $(IMATRIX) --programs $(LLAMA_CPP)/build/bin \
+	  --converter $(LLAMA_CPP)/convert_hf_to_gguf.py
+	$(BIN)/python benchmarks/gguf_memory.py --work $(DEMO)/memory
+	$(BIN)/python benchmarks/imatrix.py $(MODEL) --text $(TEXT) --programs $(LLAMA_CPP)/build/bin \
+	  --converter $(LLAMA_CPP)/convert_hf_to_gguf.py
 
 clean:
 	rm -rf $(VENV) $(DEMO) build dist *.egg-info

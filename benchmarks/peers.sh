@@ -3,7 +3,7 @@
 #
 #   benchmarks/peers.sh [FOLDER]     default .peers; PYTHON names the interpreter
 #
-# llamacpp/bin also gets llama.cpp's own programs, built from the source that llama-cpp-python ships (needs cmake and
+# llamacpp/bin also gets llama.cpp's own programs and libraries, built from the source that llama-cpp-python ships (needs cmake and
 # a C++ compiler; a few minutes); llamacpp/llama.cpp keeps its converter.
 set -euo pipefail
 
@@ -38,10 +38,10 @@ if [ ! -x "$folder/llamacpp/bin/${programs[0]}" ]; then
   rm -rf "$folder/llamacpp/llama.cpp"
   mv "$build/vendor/llama.cpp" "$folder/llamacpp/llama.cpp"
   source=$folder/llamacpp/llama.cpp
-  cmake -S "$source" -B "$source/build" -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF -DLLAMA_CURL=OFF \
+  cmake -S "$source" -B "$source/build" -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON -DLLAMA_CURL=OFF \
     -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_SERVER=OFF >"$build/log"
   cmake --build "$source/build" --parallel "$(nproc)" --target "${programs[@]}" >>"$build/log"
-  for program in "${programs[@]}"; do
-    ln -sf "$source/build/bin/$program" "$folder/llamacpp/bin/$program"
+  for file in "${programs[@]}" $(cd "$source/build/bin" && ls lib*.so*); do
+    ln -sf "$source/build/bin/$file" "$folder/llamacpp/bin/$file"
   done
 fi
