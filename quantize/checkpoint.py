@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from quantize import formats
 from quantize.errors import InputError, UsageError
@@ -102,6 +104,46 @@ def _first_line(error: Exception) -> str:
 def is_quantized(checkpoint: Checkpoint) -> bool:
     """Returns whether any tensor of the source lies on a grid already."""
     return any(not isinstance(info.scheme, Plain) for info in checkpoint.tensors.values())
+
+
+def tensor_name(checkpoint: Checkpoint, name: str, index: int = 0) -> str:
+    """Returns a tensor as messages call it: its file, its name, and what the source calls it or its matrix `index`."""
+    origin = getattr(checkpoint, "origin", None)
+    if origin is None:
+        return f"{checkpoint.file(name)}: tensor '{name}'"
+    file, source = origin(name, index)
+    return f"{file}: tensor '{name}' (of '{source}')"
+
+
+def refuse_nan(checkpoint: Checkpoint, weights: Mapping[str, Tensor], start: int = 0) -> None:
+    """Looks for NaN and Inf in what was read.
+
+    Args:
+        checkpoint: Where it was read from.
+        weights: Tensors, or runs of their first dimension.
+        start: Where the runs start.
+
+    Raises:
+        InputError: there is some; file, tensor, place and number are named.
+    """
+    for name, value in weights.items():
+        if not _finite(value):
+            bad = (~value.float().isfinite()).nonzero()
+            first = bad[0].tolist()
+            place = [first[0] + start, *first[1:]] if first else "its only value"
+            named = tensor_name(checkpoint, name, first[0] + start if first else 0)
+            raise InputError(
+                f"{named} holds {len(bad)} NaN or Inf, first at {place}",
+                "download it again; --allow-nan lets it through",
+            )
+
+
+def _finite(value: Tensor) -> bool:
+    """Returns whether no element is NaN or Inf, by the extremes: NaN shows in both, and no mask of all is made."""
+    if not value.is_floating_point() or not value.numel():
+        return True
+    value = value.float() if value.dtype.itemsize == 1 else value
+    return all(bool(extreme.isfinite()) for extreme in value.aminmax())
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:

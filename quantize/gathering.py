@@ -8,7 +8,7 @@ from pathlib import Path
 
 from quantize.calib_data import CalibrationText
 from quantize.calibration import calibration_text, open_sweep
-from quantize.checkpoint import open_checkpoint
+from quantize.checkpoint import open_checkpoint, refuse_nan
 from quantize.formats import named
 from quantize.formats.base import Checkpoint
 from quantize.formats.gguf.imatrix import ImportanceMatrix
@@ -65,10 +65,15 @@ def gather_importance(
         threads: Threads; the result does not depend on them.
         folder: Where activations wait that have no room in memory.
         progress: Told how many blocks are done.
+
+    Raises:
+        InputError: a weight is NaN or Inf.
     """
     seen: dict[Site, Squares] = {}
     with open_sweep(settings, skeleton, checkpoint, text, threads, folder) as sweep:
         for stage in sweep.stages():
+            if not settings.allow_nan:
+                refuse_nan(checkpoint, stage.weights)
             sites = _sites(stage, skeleton)
             found = stage.run({site: str(number) for number, site in enumerate(sites)}, Squares)
             for number, site in enumerate(sites):

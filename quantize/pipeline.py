@@ -460,6 +460,7 @@ class Job:
             record |= {
                 "calibration": ", ".join(map(_without_folder, text.sources)),
                 "calibration_rows": f"{text.ids.shape[0]} x {text.ids.shape[1]} tokens",
+                "calibration_special_tokens": text.special_tokens,
                 "calibration_sha256": text.sha256,
             }
         if settings.adapters:

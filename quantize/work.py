@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantize.checkpoint import refuse_nan, tensor_name
 from quantize.errors import InputError
 from quantize.formats.base import Checkpoint
 from quantize.methods.base import ROWS, Block, Result
 from quantize.parallel import Pool, spans
 from quantize.planning import Entry, Plan
 from quantize.progress import Progress
-from quantize.schemes import Plain, QuantizedTensor, dtype_name
+from quantize.schemes import Plain, QuantizedTensor
 from quantize.writer import OutputFolder
 
 # Bytes of a plain tensor copied at a time.
@@ -67,27 +68,9 @@ class Work:
         return value
 
     def scan(self, weights: Mapping[str, Tensor], start: int = 0) -> None:
-        """Refuses NaN and Inf in the source, naming file, tensor, place and number; the first row is `start`."""
-        if self.allow_nan:
-            return
-        for name, value in weights.items():
-            if not _finite(value):
-                bad = (~value.float().isfinite()).nonzero()
-                first = bad[0].tolist()
-                place = [first[0] + start, *first[1:]] if first else "its only value"
-                named = self._named(name, first[0] + start if first else 0)
-                raise InputError(
-                    f"{named} holds {len(bad)} NaN or Inf, first at {place}",
-                    "download it again; --allow-nan lets it through",
-                )
-
-    def _named(self, name: str, index: int = 0) -> str:
-        """Returns file and name of a tensor as messages give them, and what the source calls it or its part `index`."""
-        origin = getattr(self.checkpoint, "origin", None)
-        if origin is None:
-            return f"{self.checkpoint.file(name)}: tensor '{name}'"
-        file, source = origin(name, index)
-        return f"{file}: tensor '{name}' (of '{source}')"
+        """Refuses NaN and Inf in the source, unless they are let through; the first row is `start`."""
+        if not self.allow_nan:
+            refuse_nan(self.checkpoint, weights, start)
 
     # -- plain tensors ---------------------------------------------------------------------------------------------
 
@@ -143,9 +126,9 @@ class Work:
             return value
         result = value.to(entry.scheme.dtype)
         if result.is_floating_point() and bool((lost := result.isinf() & value.isfinite()).any()):
+            what = f"has {int(lost.sum())} values beyond {entry.scheme}, up to {float(value.abs().max()):g}"
             raise InputError(
-                f"{self._named(entry.name)} has {int(lost.sum())} values beyond {dtype_name(entry.scheme.dtype)}, "
-                f"up to {float(value.abs().max()):g}",
+                f"{tensor_name(self.checkpoint, entry.name)} {what}",
                 f"give it a wider type: --set '{entry.name}=bf16', or take bf16 for all",
             )
         return result
@@ -201,8 +184,9 @@ class Work:
         """
         largest, reached = (float(max(-low, high)) for low, high in (part.aminmax(), coded.dequantize().aminmax()))
         if _HALF < largest < math.inf and not reached > largest / 2:
+            what = f"has weights up to {largest:g}, too large for {entry.scheme}"
             raise InputError(
-                f"{self._named(entry.name)} has weights up to {largest:g}, too large for {entry.scheme}",
+                f"{tensor_name(self.checkpoint, entry.name)} {what}",
                 f"give it a wider type: --set '{entry.name}=bf16'",
             )
 
@@ -262,19 +246,11 @@ def _error(block: Block, result: Result, name: str, coded: QuantizedTensor) -> f
     return lost / max(whole, 1e-30)
 
 
-def _finite(value: Tensor) -> bool:
-    """Returns whether no element is NaN or Inf, by the extremes: NaN shows in both, and no mask of all is made."""
-    if not value.is_floating_point() or not value.numel():
-        return True
-    value = value.float() if value.dtype.itemsize == 1 else value
-    return all(bool(extreme.isfinite()) for extreme in value.aminmax())
-
-
 def count_zeroed(before: Tensor, after: Tensor) -> int:
     """Returns how many values a cast made zero."""
     if before.dtype == after.dtype or not before.is_floating_point():
         return 0
-    return int(((after == 0) & (before != 0)).sum())
+    return int(torch.count_nonzero((after == 0) & (before != 0)))  # a sum would make them int64 first
 
 
 def zeroed_note(entry: Entry, count: int) -> str | None:
