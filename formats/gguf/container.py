@@ -141,7 +141,7 @@ def _read_header(header: Header) -> Part:
     if b"GGUF" in (header.data[end : end + 4], header.data[padded : padded + 4]):
         raise InputError(
             f"{file}: parts joined byte-wise: a second GGUF header starts at byte {end}",
-            "keep the parts as they are and name the first, or join them with llama-gguf-split --merge",
+            "name the first of the parts themselves; to join them: quantize convert NAME-00001-of-0000N.gguf --to gguf",
         )
     return Part(file, metadata, tensors, fields, swapped, begin)
 
