@@ -456,7 +456,6 @@ def test_unknown_format_names_the_nearest(refused: Callable[..., str], tiny_llam
         (("--method", "rtn", "--bits", "3", "--format", "awq"), "none yet"),
         (("--method", "rtn", "--bits", "3"), "quantize list"),
         (("--method", "exl2"), "awq"),
-        (("--type", "Q4_K_M"), "awq"),
     ],
 )
 def test_combination_that_no_format_holds(
