@@ -19,6 +19,7 @@ from quantize.formats.gguf.edit import edit as edit_gguf
 from quantize.formats.gguf.header import read_values
 from quantize.formats.gguf.imatrix import ImportanceMatrix, read_imatrix, write_imatrix
 from quantize.formats.gguf.metadata import Value, parse_value, text
+from quantize.formats.gguf.mixes import MIXES
 from quantize.gathering import importance_of
 from quantize.imatrix import merge
 from quantize.pipeline import Job
@@ -260,7 +261,7 @@ def inspect(model: str | Path | None = None, adapters: tuple[str, ...] = ()) -> 
 
 
 def catalog() -> dict[str, Any]:
-    """Returns the methods, formats and schemes and which go together, computed by asking them."""
+    """Returns the methods, formats, schemes and GGUF types and which go together, computed by asking them."""
     kept = {"spelling": KEEP, "meaning": "as it is stored; in rules only"}
     return {
         "methods": [
@@ -270,6 +271,7 @@ def catalog() -> dict[str, Any]:
             {"name": f.name, "summary": f.summary, "schemes": presets.written(f)} for f in formats.table().values()
         ],
         "schemes": [*({"spelling": ", ".join(f.examples), "meaning": f.meaning} for f in FAMILIES), kept],
+        "types": [{"name": name, "summary": mix.summary} for name, mix in MIXES.items() if name == mix.name],
         "combinations": presets.matrix(),
     }
 

@@ -50,8 +50,11 @@ def test_public_names() -> None:
     assert quantize.__all__ == [
         "__version__",
         "catalog",
+        "compare",
         "convert",
+        "edit",
         "evaluate",
+        "importance",
         "inspect",
         "open",
         "plan",

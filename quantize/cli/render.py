@@ -358,6 +358,11 @@ def catalog(value: Mapping[str, Any], as_json: bool) -> None:
     table(("scheme", "meaning"), ((row["spelling"], row["meaning"]) for row in value["schemes"]))
     click.echo()
     table(
+        ("--type", "what it is (average bits of an 8B llama)"),
+        ((row["name"], row["summary"]) for row in value["types"]),
+    )
+    click.echo()
+    table(
         ("method", "format", "schemes"),
         ((row["method"], row["format"], _ranges(row["schemes"])) for row in value["combinations"]),
     )
