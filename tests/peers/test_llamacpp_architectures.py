@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import gguf
 import gguf_models
-import numpy as np
+import llamacpp
 import pytest
 import torch
 from torch import Tensor
@@ -19,20 +15,12 @@ from torch import Tensor
 from quantize.formats.folder import FolderCheckpoint
 from quantize.formats.gguf.view import GGUFView
 
-PEERS = Path(os.environ.get("QUANTIZE_PEERS", Path(__file__).parents[2] / ".peers"))
-FOLDER = Path(os.environ.get("QUANTIZE_LLAMA_CPP", PEERS / "llamacpp/bin")).absolute()
-SCRIPT = Path(__file__).parent / "scripts/llamacpp_logits.py"
 TOKENS = 32
 # Mean KL divergence in nats: F32 shows a wrong formula (1e-12 where no GELU is: llama.cpp looks that up in a table of
 # half-precision floats), F16 the rounding of activations, the others that of weights, which may choose other experts.
 LIMITS = {"F32": 2e-6, "F16": 1e-5, "BF16": 2e-3, "Q8_0": 0.1}
 
-pytestmark = [
-    pytest.mark.peer,
-    pytest.mark.skipif(
-        not (FOLDER / "libllama.so").exists(), reason=f"no libllama.so in {FOLDER}: set QUANTIZE_LLAMA_CPP"
-    ),
-]
+pytestmark = [pytest.mark.peer, llamacpp.needed]
 
 
 def token_ids() -> list[int]:
@@ -51,22 +39,6 @@ def expected(model: Any, ids: list[int]) -> Tensor:
     return found.float()
 
 
-def by_llamacpp(path: Path, ids: list[int], kind: str) -> Tensor:
-    """What llama.cpp computes, in a process of its own: it ends with the process on a file that it does not like."""
-    (path.parent / "ids.json").write_text(json.dumps(ids))
-    out = path.with_suffix(".npy")
-    command = [sys.executable, SCRIPT, FOLDER, path, path.parent / "ids.json", out, kind]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return torch.from_numpy(np.load(out))
-
-
-def divergence(base: Tensor, other: Tensor) -> float:
-    """Mean KL divergence over the tokens, in nats."""
-    p, q = (torch.log_softmax(logits.double(), -1) for logits in (base, other))
-    return float((p.exp() * (p - q)).sum(-1).mean())
-
-
 @pytest.mark.parametrize("name", gguf_models.MODELS)
 def test_logits_are_those_of_transformers(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = gguf_models.load(name, gguf_models.save(name, tmp_path / "model"))
@@ -77,11 +49,11 @@ def test_logits_are_those_of_transformers(name: str, tmp_path: Path, capsys: pyt
     measured = {}
     for label in LIMITS:
         path = gguf_models.write_gguf(view, tmp_path / f"{label}.gguf", gguf.GGMLQuantizationType[label])
-        found = by_llamacpp(path, ids, kind)
+        found = llamacpp.run(path, ids, kind)
         if kind == "embeddings":  # no distribution: the share of the states' power that differs
             measured[label] = float((found - base).double().square().sum() / base.double().square().sum())
         else:
-            measured[label] = divergence(base, found)
+            measured[label] = llamacpp.divergence(base, found)
     spread = float(base.std(-1).mean())
     row = f"{name:20} spread {spread:5.2f}  " + "  ".join(f"{k} {v:.1e}" for k, v in measured.items())
     with capsys.disabled():
@@ -103,7 +75,7 @@ def test_four_bit_experts(tmp_path: Path) -> None:
     view = GGUFView(gguf_models.edit(folder, changes))
     path = gguf_models.write_gguf(view, tmp_path / "m.gguf", gguf.GGMLQuantizationType.F32)
     # llama.cpp rounds what enters these matrices to 8 bits.
-    assert divergence(base, by_llamacpp(path, token_ids(), "logits")) < 1e-3
+    assert llamacpp.divergence(base, llamacpp.run(path, token_ids())) < 1e-3
 
 
 def test_blocks_for_further_tokens_change_nothing(tmp_path: Path) -> None:
@@ -111,4 +83,4 @@ def test_blocks_for_further_tokens_change_nothing(tmp_path: Path) -> None:
     base = expected(gguf_models.load("qwen35", folder), token_ids())
     view = GGUFView(gguf_models.edit(folder, gguf_models.further_block(folder)))
     path = gguf_models.write_gguf(view, tmp_path / "m.gguf", gguf.GGMLQuantizationType.F32)
-    assert divergence(base, by_llamacpp(path, token_ids(), "logits")) < LIMITS["F32"]
+    assert llamacpp.divergence(base, llamacpp.run(path, token_ids())) < LIMITS["F32"]
