@@ -9,7 +9,7 @@ difference. Both keep attention in float32. Runs take turns; figures are medians
 For every weight the mean squares are compared, column by column and summed. Then the model is quantized with either
 matrix, and both files' KL divergence from it measured on other text.
 
-    python benchmarks/imatrix.py MODEL --calib wiki.txt --text wiki.test.raw --programs llama.cpp/build/bin
+    python benchmarks/imatrix.py MODEL [--calib wiki.txt] --text wiki.test.raw --programs llama.cpp/build/bin
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ OURS, EXACT = "ours", "llama-imatrix, f32"
 _CHARACTERS = 12  # of text read for each token wanted: usual tokens have fewer
 
 
-def write_rows(model: Path, calib: Path, rows: int, length: int, folder: Path) -> tuple[Path, Path]:
+def write_rows(model: Path, calib: str, rows: int, length: int, folder: Path) -> tuple[Path, Path]:
     """Writes a text for llama-imatrix and the token ids of its chunks for us, one document; returns both paths.
 
     Raises:
         Failed: the text is too short, or our rows would not be those chunks.
     """
     tokenizer = load_tokenizer(quantize.open(model))
-    plain = read_text(str(calib), limit=rows * length * _CHARACTERS).rstrip("\n")
+    plain = read_text(calib, limit=rows * length * _CHARACTERS).rstrip("\n")
     ids = tokenizer(plain, verbose=False).input_ids
     if len(ids) < max(2, rows) * length:
         raise Failed(f"{calib}: {len(ids)} tokens are no {max(2, rows)} chunks of {length}")
@@ -129,7 +129,7 @@ def judge(found: Mapping[str, Any], kld: Mapping[str, Mapping[str, float]]) -> l
 
 @click.command(help=__doc__)
 @click.argument("model", type=click.Path(exists=True, path_type=Path))
-@click.option("--calib", required=True, type=click.Path(exists=True, path_type=Path), help="Text for the matrices.")
+@click.option("--calib", default="default", show_default=True, help="Text for the matrices.")
 @click.option("--calib-samples", "rows", default=64, show_default=True, help="Chunks of it.")
 @click.option("--calib-length", "length", default=512, show_default=True, help="Tokens of a chunk.")
 @click.option("--text", required=True, type=click.Path(exists=True, path_type=Path), help="Text to measure loss on.")
@@ -141,7 +141,7 @@ def judge(found: Mapping[str, Any], kld: Mapping[str, Mapping[str, float]]) -> l
 @llamacpp.options
 def main(
     model: Path,
-    calib: Path,
+    calib: str,
     rows: int,
     length: int,
     text: Path,
@@ -174,7 +174,7 @@ def main(
     show("bars", bars)
     record = {
         "model": model.name,
-        "calib": calib.name,
+        "calib": Path(calib).name,
         "rows": rows,
         "length": length,
         "type": kind,

@@ -9,7 +9,7 @@ again with what that left. The model's files are read once before, so that the d
 
 Tensors of the two results are compared byte for byte, and the metadata keys in which they differ are listed.
 
-    python benchmarks/gguf.py MODEL --imatrix FILE --programs llama.cpp/build/bin \
+    python benchmarks/gguf_job.py MODEL --imatrix FILE --programs llama.cpp/build/bin \
         --converter llama.cpp/convert_hf_to_gguf.py [--types Q4_K_M,IQ3_XXS] [--repeats 3]
 """
 
@@ -188,7 +188,7 @@ def main(
         results = [run_one(job, repeats) for job in jobs]
     record = {"model": model.name, "imatrix": weights is not None, "plain_type": plain, "threads": threads}
     record |= {"repeats": repeats, "peer": peer.version, "results": results}
-    print(save(f"gguf-{model.name}", record))
+    print(save(f"gguf-job-{model.name}", record))
 
 
 if __name__ == "__main__":
