@@ -113,10 +113,10 @@ def judge(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 @click.option("--layers", multiple=True, type=int, default=(LAYERS,), help="Layers; repeat it for several models.")
 @click.option("--type", "kind", default="Q4_K_M", show_default=True)
 @click.option("--threads", default=2, show_default=True)
-@click.option(
-    "--work", type=click.Path(exists=True, path_type=Path), help="Folder for the models; a temporary one else"
-)
+@click.option("--work", type=click.Path(path_type=Path), help="Folder for the models; a temporary one else.")
 def main(layers: tuple[int, ...], kind: str, threads: int, work: Path | None) -> None:
+    if work is not None:
+        work.mkdir(parents=True, exist_ok=True)
     rows = [quantize(count, kind, threads, work) for count in layers]
     bars = judge(rows)
     if max(layers) < LAYERS:

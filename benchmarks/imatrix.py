@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Importance matrices: `quantize imatrix` against llama-imatrix on the same tokens, and what each is worth.
 
-llama-imatrix reads a GGUF file of the model (float32, where every weight is the source's; then also float16, which is
-faster there) and cuts the text into consecutive chunks; a model that opens texts with a beginning token has it in place
-of each chunk's first. We get exactly those rows, as token ids, so that cutting and tokenizing are no part of the
+llama-imatrix reads a GGUF file of the model (float32, where every weight is the source's; then also float16, the usual
+choice) and cuts the text into consecutive chunks; a model that opens texts with a beginning token has it in place of
+each chunk's first. We get exactly those rows, as token ids, so that cutting and tokenizing are no part of the
 difference. Both keep attention in float32. Runs take turns; figures are medians.
 
 For every weight the mean squares are compared, column by column and summed. Then the model is quantized with either

@@ -64,7 +64,9 @@ def options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Gives a click command the options that say where the programs are, as one argument `peer`."""
 
     @click.option("--programs", type=_EXISTING, default=PROGRAMS, help="Folder of llama.cpp's programs.")
-    @click.option("--converter", type=_EXISTING, default=CONVERTER, help="Path of convert_hf_to_gguf.py.")
+    @click.option(
+        "--converter", type=click.Path(path_type=Path), default=CONVERTER, help="Path of convert_hf_to_gguf.py."
+    )
     @click.option("--peer-python", type=_EXISTING, default=sys.executable, help="Interpreter for the converter.")
     @functools.wraps(command)
     def with_peer(*, programs: Path, converter: Path, peer_python: Path, **rest: Any) -> None:
