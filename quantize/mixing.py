@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,8 @@ class Mixing:
             options["imatrix"] = ("quantize", names[:1], None, settings.calib_samples)
         elif not gathers:
             require_importance(decisions, mix, (), "let it be gathered: --imatrix auto, or name a file")
-        result.header = target.header(view, options)
+        header = target.header(view, options)
+        result.header = replace(header, notices=(*header.notices, *_partly_taken(settings, view)))
         return result
 
     def accept(self, matrix: ImportanceMatrix, view: Checkpoint) -> Mapping[str, Tensor]:
@@ -167,6 +168,23 @@ def read_overrides(settings: Settings) -> list[Override]:
         else:
             rules += parse_tensor_types(source)
     return rules
+
+
+def _partly_taken(settings: Settings, view: Checkpoint) -> list[str]:
+    """Returns a line on the tensors whose types a GGUF file should have given and does not.
+
+    Raises:
+        UsageError: it has none of the model's tensors.
+    """
+    named = {rule.pattern for rule in read_overrides(settings) if rule.exact}
+    lacking = [name for name in view.tensors if name not in named]
+    if not named or not lacking:
+        return []
+    if len(lacking) == len(view.tensors):
+        raise UsageError("the GGUF file to take types from has no tensor of this model", "name one of the same model")
+    return [
+        f"{len(lacking)} tensors such as {lacking[0]} are not in the file whose types are taken: as the mix has them"
+    ]
 
 
 def is_gguf(path: str | Path | None) -> bool:

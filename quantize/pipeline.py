@@ -30,7 +30,7 @@ from quantize.mixing import Mixing, is_gguf, plain_mix
 from quantize.ollama import modelfile
 from quantize.parallel import Pool, default_threads, one_torch_thread
 from quantize.planning import SHARD_BYTES, Entry, Plan, Request, make_plan, require_space
-from quantize.presets import Choice, choose
+from quantize.presets import Choice, choose, refuse_idle
 from quantize.progress import Progress, silent
 from quantize.recipe import parse_rule, read_recipe
 from quantize.report import Report, card, figures
@@ -70,6 +70,7 @@ class Job:
         self.source = _source_name(model, self.checkpoint.path)
         self.method: Method | None = methods.named(self.choice.method) if self.choice else None
         self.target = formats.named(self.choice.format if self.choice else self.settings.format or "hf")
+        refuse_idle(self.settings, self.choice, self.target)
         self._refuse_second_rounding()
         self.view = self.target.view(self.checkpoint, settings.arch, settings.assume_tied)
         self.out = _output(settings.out if settings.out is not None else self._default_name())
@@ -161,7 +162,7 @@ class Job:
             raise UsageError(f"--strict: {first}", "allow it, or exclude the tensor by a rule")
         output.verify()
         report = Report(
-            out=self.out,
+            out=self._opened_by,
             source=self.source,
             base=self._base_name(),
             method=self.method.name if self.method else None,
@@ -297,7 +298,7 @@ class Job:
         if self.target.single_file:
             written = {self._report_name: report.to_json()}
             if self.settings.ollama:
-                written[f"{self.out.name}.Modelfile"] = modelfile(self.out.name, self.checkpoint)
+                written[f"{self._opened_by.name}.Modelfile"] = modelfile(self._opened_by.name, self.checkpoint)
             output.write_side_files({}, written)
             return
         config = deepcopy(self.checkpoint.config)
@@ -325,6 +326,11 @@ class Job:
         output.write_side_files(self.checkpoint.side_files, written)
 
     @property
+    def _opened_by(self) -> Path:
+        """What the output is opened by: the folder, the file, or the first of its parts."""
+        return self.out.with_name(next(iter(self.plan.files))) if self.target.single_file else self.out
+
+    @property
     def _report_name(self) -> str:
         """The report in a folder, or beside a file."""
         return f"{self.out.stem}.{REPORT}" if self.target.single_file else REPORT
@@ -332,12 +338,16 @@ class Job:
     def _file_names(self) -> tuple[str, ...]:
         """Returns the names of all files of the output."""
         if self.target.single_file:
-            modelfiles = [f"{self.out.name}.Modelfile"] if self.settings.ollama else []
-            return (*self.plan.files, self._report_name, *modelfiles)
+            return self._loose_names(self.plan)
         index = [INDEX] if len(self.plan.files) > 1 else []
         return tuple(
             sorted({*self.plan.files, *index, *self.checkpoint.side_files, "config.json", "README.md", REPORT})
         )
+
+    def _loose_names(self, plan: Plan) -> tuple[str, ...]:
+        """Returns the names of the files that lie in the output's folder beside others."""
+        modelfiles = [f"{next(iter(plan.files))}.Modelfile"] if self.settings.ollama else []
+        return (*plan.files, self._report_name, *modelfiles)
 
     def _evaluate(self, output: OutputFolder, report: Report, source: str) -> dict[str, Any]:
         result = evaluate_checkpoints(
@@ -370,6 +380,8 @@ class Job:
         if self.settings.recipe is not None and not is_gguf(self.settings.recipe):
             rules += read_recipe(Path(self.settings.recipe))
         unsplit = SHARD_BYTES if self.mix is None else 2**62
+        if self.settings.split_size is not None and self.settings.split_size < 1:
+            raise UsageError("--split-size must be at least 1 byte", "say a size such as 2GB, or drop it")
         return Request(
             scheme=self.choice.scheme if self.choice else None,
             method=self.method,
@@ -394,7 +406,7 @@ class Job:
         files = (settings.recipe, settings.statistics, settings.imatrix, settings.eval, *settings.calib, *adapters)
         sources = [self.checkpoint.path, *(path for file in files if file and (path := Path(file)).exists())]
         sources += [self.checkpoint.file(name) for name in self.checkpoint.tensors] if plan.format.single_file else []
-        beside = [*plan.files, self._report_name] if plan.format.single_file else []
+        beside = self._loose_names(plan) if plan.format.single_file else ()
         try:
             check_target(self.out, dict.fromkeys(sources), settings.overwrite, beside)
             require_space(plan, OutputFolder.reserved_bytes(self.out))

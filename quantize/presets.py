@@ -12,6 +12,7 @@ from quantize.formats.gguf.mixes import Mix, find_mix
 from quantize.kernels.cpu.ggml import ENCODERS
 from quantize.methods import table as method_table
 from quantize.schemes import AffineInt, GGMLBlock, Plain, Scheme, parse_scheme
+from quantize.settings import Settings
 
 # Methods and formats of the plan that do not stand yet: named so that the answer is not "unknown".
 _TO_COME = ("gptq", "awq+gptq", "exl2", "fp8")
@@ -76,6 +77,30 @@ def choose(
             f"format {target} cannot hold {scheme}: {reason}", "try --type Q4_K_M" if target == "gguf" else accept
         )
     return Choice(str(method), scheme, target, suffix(str(method), scheme, target))
+
+
+# Options that say nothing unless a GGUF file is written.
+_GGUF_ONLY = ("imatrix", "pure", "output_type", "embedding_type", "tensor_types", "arch", "pre", "ollama")
+# Options that say nothing beside --type.
+_GRID_ONLY = ("bits", "group_size", "symmetric")
+_SPELT = {"tensor_types": "tensor-type", "symmetric": "sym"}
+
+
+def refuse_idle(settings: Settings, choice: Choice | None, target: Format) -> None:
+    """Refuses options that were given and would do nothing.
+
+    Raises:
+        UsageError: naming the first.
+    """
+    usual = Settings()
+    given = [name for name in (*_GGUF_ONLY, *_GRID_ONLY) if getattr(settings, name) != getattr(usual, name)]
+    for name in given:
+        said = f"--{_SPELT.get(name, name.replace('_', '-'))}"
+        if name in _GGUF_ONLY and not target.single_file and str(settings.imatrix) != "none":
+            raise UsageError(f"{said} has no meaning for format {target.name}", "drop it, or say --format gguf")
+        if name in _GRID_ONLY and (choice is None or choice.mix is not None):
+            beside = f"--type {settings.type}" if settings.type else "a conversion"
+            raise UsageError(f"{said} has no meaning beside {beside}", "drop it, or say --method")
 
 
 # The names that people know, by method and format.

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import quantize
-from quantize.errors import InputError
+from quantize.errors import InputError, UsageError
 from quantize.formats.gguf.container import read_part
 from quantize.formats.gguf.imatrix import Importance, ImportanceMatrix, read_imatrix, write_imatrix
 from quantize.kernels.cpu.ggml import ENCODERS
@@ -635,6 +635,50 @@ def test_inspect_tells_what_an_edit_and_a_run_changed(wide: Path, tmp_path: Path
     assert set(found["tensors"]["changed"]) == {"output.weight"}
     assert found["metadata"]["changed"]["general.name"][1]["value"] == "Renamed"
     assert found["differing"] == []
+
+
+def test_types_of_a_file_that_is_of_another_model(wide: Path, tmp_path: Path) -> None:
+    one = quantize.run(
+        tiny.llama(tmp_path / "One", tokenizer=True, num_hidden_layers=1, **WIDE),
+        type="Q4_0",
+        out=tmp_path / "one.gguf",
+    ).out
+    report = quantize.run(wide, type="Q2_K", recipe=one, out=tmp_path / "a.gguf")
+    assert types(report.out)["blk.0.ffn_up.weight"] == "q4_0"
+    assert types(report.out)["blk.1.ffn_up.weight"] == "q2_k"
+    assert [note for note in report.notes if note.startswith("9 tensors such as blk.1.attn_norm.weight are not in")]
+    tower = gguf.GGUFWriter(tmp_path / "other.gguf", "clip")
+    tower.add_tensor("v.blk.0.attn_q.weight", np.ones((32, 32), np.float32))
+    for step in (tower.write_header_to_file, tower.write_kv_data_to_file, tower.write_tensors_to_file, tower.close):
+        step()
+    with pytest.raises(UsageError, match="has no tensor of this model"):
+        quantize.plan(wide, type="Q2_K", recipe=tmp_path / "other.gguf", out=tmp_path / "b.gguf")
+
+
+def test_options_that_would_do_nothing_are_refused(wide: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    run = ("run", wide, "--out", tmp_path / "a.gguf", "--type", "Q4_0")
+    for words in (("--bits", 3), ("--group-size", 64), ("--sym",)):
+        refused(2, *run, *words, names=(f"{words[0]} has no meaning beside --type Q4_0",))
+    folder = ("--out", tmp_path / "Out")
+    for words in (("--imatrix", "m.gguf"), ("--pure",), ("--tensor-type", "attn_q=q8_0"), ("--ollama",)):
+        refused(
+            2, "run", wide, "--method", "rtn", *folder, *words, names=(f"{words[0]} has no meaning for format awq",)
+        )
+    refused(2, "convert", wide, *folder, "--pre", "llama-bpe", names=("--pre has no meaning for format hf",))
+    refused(2, *run, "--split-size", 0, names=("--split-size",))
+
+
+def test_parts_are_named_by_what_opens_them(wide: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    """The report, its hints and the Modelfile name the first part; nobody's Modelfile is replaced unasked."""
+    mine = tmp_path / "a.gguf.Modelfile"
+    mine.write_text("mine")
+    words = ("run", wide, "--type", "Q8_0", "--ollama", "--out", tmp_path / "a.gguf")
+    refused(2, *words, names=(mine, "exists already"))
+    report = quantize.run(wide, type="Q8_0", ollama=True, split_size=600_000, out=tmp_path / "cut.gguf")
+    assert report.out == tmp_path / report.files[0]
+    assert (tmp_path / f"{report.files[0]}.Modelfile").read_text().splitlines()[1] == f"FROM ./{report.files[0]}"
+    assert all((tmp_path / name).exists() for name in report.files)
+    assert mine.read_text() == "mine"
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
