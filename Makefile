@@ -56,6 +56,7 @@ bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/awq.py $(MODEL) --group-size $(GROUP) --text $(TEXT) $(addprefix --calib ,$(CALIB)) \
 	  --peer $(PEERS)/llmcompressor/bin/python
 	$(BIN)/python benchmarks/encoders.py --library $(LLAMA_CPP)/build/bin
+	$(BIN)/quantize imatrix $(MODEL) --out $(IMATRIX) --overwrite
 	$(BIN)/python benchmarks/gguf_job.py $(MODEL) --imatrix $(IMATRIX) --programs $(LLAMA_CPP)/build/bin \
 	  --converter $(LLAMA_CPP)/convert_hf_to_gguf.py
 	$(BIN)/python benchmarks/gguf_memory.py --work $(DEMO)/memory

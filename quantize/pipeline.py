@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from functools import cached_property
@@ -25,6 +25,7 @@ from quantize.evaluation import DEFAULT_TEXT, evaluate_checkpoints, require_wind
 from quantize.formats.folder import INDEX
 from quantize.formats.gguf.imatrix import read_imatrix, write_imatrix
 from quantize.gathering import gather_importance
+from quantize.kernels.cpu.ggml import Warming
 from quantize.methods.base import Block, Method, Result
 from quantize.mixing import Mixing, is_gguf, plain_mix
 from quantize.ollama import modelfile
@@ -34,7 +35,7 @@ from quantize.presets import Choice, choose, refuse_idle
 from quantize.progress import Progress, silent
 from quantize.recipe import parse_rule, read_recipe
 from quantize.report import Report, card, figures
-from quantize.schemes import Plain, Scheme, parse_scheme
+from quantize.schemes import GGMLBlock, Plain, Scheme, parse_scheme
 from quantize.settings import Settings
 from quantize.skeleton import Skeleton
 from quantize.statistics import Statistics
@@ -103,7 +104,7 @@ class Job:
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         output = OutputFolder(self.out, self.plan.layouts, digest, self.settings.restart, loose=self.target.single_file)
         try:
-            with one_torch_thread():
+            with one_torch_thread(), self._loops():
                 report = self._fill(output, text, statistics, identity)
             output.publish(self.settings.overwrite)
         except (KeyboardInterrupt, ResourceError):
@@ -117,6 +118,16 @@ class Job:
             output.close()
             raise starved from error
         return report
+
+    @contextmanager
+    def _loops(self) -> Iterator[None]:
+        """Compiles the loops of the types that are needed while everything else goes on, where they never were."""
+        types = {e.scheme.type for e in self.plan.quantized if isinstance(e.scheme, GGMLBlock) and not e.copied}
+        self._warming = Warming(types)
+        try:
+            yield
+        finally:
+            self._warming.stop()
 
     @cached_property
     def skeleton(self) -> Skeleton:
@@ -147,15 +158,17 @@ class Job:
         work.copy(self._touched())
         with Pool(self.threads) as pool:
             if self.mix is not None:
-                work.encode(pool, self._importance(output, text))
+                importance = self._importance(output, text)
+                self._wait_for_loops()
+                work.encode(pool, importance)
             else:
                 for block, result in self._results(work, text, statistics, identity, pool):
                     work.store(block, result)
                     del block, result  # they would wait in memory while the next ones are made
         record = work.records()
         heard = text.notices if text is not None else ()
-        importance = self.mix.notes if self.mix is not None else ()
-        notes = (*self.plan.notices, *heard, *importance, *(note for row in record.values() for note in row["notes"]))
+        learnt = self.mix.notes if self.mix is not None else ()
+        notes = (*self.plan.notices, *heard, *learnt, *(note for row in record.values() for note in row["notes"]))
         local = [note for row in record.values() for note in row["notes"]]
         if self.settings.strict and (local or self.plan.fallbacks):
             first = local[0] if local else f"{self.plan.fallbacks[0].name} {self.plan.fallbacks[0].rule}"
@@ -179,6 +192,13 @@ class Job:
             report = replace(report, quality=self._evaluate(output, report, source))
             self._side_files(output, report)
         return report
+
+    def _wait_for_loops(self) -> None:
+        if names := self._warming.names:
+            what = f"compiling {', '.join(names)} (first use on this machine)"
+            self.progress(what, 0, 1)
+            self._warming.wait()
+            self.progress(what, 1, 1)
 
     # -- what is computed ------------------------------------------------------------------------------------------
 

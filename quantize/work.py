@@ -124,6 +124,7 @@ class Work:
         assert isinstance(entry.scheme, Plain)
         if value.dtype == entry.scheme.dtype:
             return value
+        value = value.float() if value.dtype.itemsize == 1 else value  # torch cannot compare 8-bit floats
         result = value.to(entry.scheme.dtype)
         if result.is_floating_point() and bool((lost := result.isinf() & value.isfinite()).any()):
             what = f"has {int(lost.sum())} values beyond {entry.scheme}, up to {float(value.abs().max()):g}"
@@ -250,6 +251,7 @@ def count_zeroed(before: Tensor, after: Tensor) -> int:
     """Returns how many values a cast made zero."""
     if before.dtype == after.dtype or not before.is_floating_point():
         return 0
+    before = before.float() if before.dtype.itemsize == 1 else before
     return int(torch.count_nonzero((after == 0) & (before != 0)))  # a sum would make them int64 first
 
 

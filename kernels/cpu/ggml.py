@@ -12,13 +12,20 @@ multiply-add gives them. A new type is one line in each table.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from quantize.kernels.cpu.kept import code_folder
 
 
 class Block(NamedTuple):
@@ -173,6 +180,46 @@ def warm(names: Iterable[str], *, decoders: bool = False) -> None:
         blocks = encode(name, x, x[0])
         if decoders and name in DECODERS:
             decode(name, blocks)
+            with suppress(OSError):
+                _ready(name).touch()
+
+
+class Warming:
+    """Compiles types in processes of their own, side by side: numba's compiler holds one lock per process.
+
+    Args:
+        names: Types; those that an earlier process compiled on this machine are passed over.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = [name for name in sorted(set(names) & ENCODERS.keys()) if not _ready(name).exists()]
+        self._processes: list[subprocess.Popen[bytes]] = []
+        for name in self.names:
+            code = f"from quantize.kernels.cpu import ggml; ggml.warm([{name!r}], decoders=True)"
+            with suppress(OSError):  # then it is compiled when it is first used
+                nowhere = subprocess.DEVNULL
+                command = [sys.executable, "-c", code]
+                self._processes.append(subprocess.Popen(command, stdin=nowhere, stdout=nowhere, stderr=nowhere))
+
+    def wait(self) -> None:
+        """Waits until all are compiled. What failed is compiled when it is first used."""
+        for process in self._processes:
+            process.wait()
+        self._processes.clear()
+
+    def stop(self) -> None:
+        """Ends what is still being compiled."""
+        for process in self._processes:
+            process.kill()
+        self.wait()
+
+
+def _ready(name: str) -> Path:
+    """Returns the file that says that a type's machine code is kept."""
+    try:
+        return code_folder() / f"{name}.ready"
+    except RuntimeError:  # no home
+        return Path(os.devnull)
 
 
 @cache

@@ -7,16 +7,14 @@ adding in another order.
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
 import numpy as np
 from numba.core import config
+
+from quantize.kernels.cpu.kept import code_folder
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -41,20 +39,6 @@ def compiled(function: _F) -> _F:
     finally:
         settings.CACHE_DIR = before
     return made  # type: ignore[no-any-return]
-
-
-@cache
-def code_folder() -> Path:
-    """Returns the folder for machine code of these very sources.
-
-    numba looks at the file of a function and not at those of the functions that it calls, which are compiled into it:
-    so the name holds a hash of all files here, and code of other versions is never taken.
-    """
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(file.read_bytes())
-    return base / "quantize" / "compiled" / digest.hexdigest()[:16]
 
 
 def inlined(function: _F) -> _F:
