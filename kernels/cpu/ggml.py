@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
 from importlib import import_module
@@ -194,24 +195,27 @@ class Warming:
     def __init__(self, names: Iterable[str]) -> None:
         self.names = [name for name in sorted(set(names) & ENCODERS.keys()) if not _ready(name).exists()]
         self._processes: list[subprocess.Popen[bytes]] = []
-        for name in self.names:
-            code = f"from quantize.kernels.cpu import ggml; ggml.warm([{name!r}], decoders=True)"
-            with suppress(OSError):  # then it is compiled when it is first used
-                nowhere = subprocess.DEVNULL
-                command = [sys.executable, "-c", code]
-                self._processes.append(subprocess.Popen(command, stdin=nowhere, stdout=nowhere, stderr=nowhere))
+        self._pool = ThreadPoolExecutor(max(1, min(len(self.names), os.cpu_count() or 1)), "compile")
+        self._jobs = [self._pool.submit(self._compile, name) for name in self.names]
+
+    def _compile(self, name: str) -> None:
+        code = f"from quantize.kernels.cpu import ggml; ggml.warm([{name!r}], decoders=True)"
+        nowhere = subprocess.DEVNULL
+        with suppress(OSError):  # then it is compiled when it is first used
+            process = subprocess.Popen([sys.executable, "-c", code], stdin=nowhere, stdout=nowhere, stderr=nowhere)
+            self._processes.append(process)
+            process.wait()
 
     def wait(self) -> None:
         """Waits until all are compiled. What failed is compiled when it is first used."""
-        for process in self._processes:
-            process.wait()
-        self._processes.clear()
+        for job in self._jobs:
+            job.result()
 
     def stop(self) -> None:
         """Ends what is still being compiled."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
         for process in self._processes:
             process.kill()
-        self.wait()
 
 
 def _ready(name: str) -> Path:
