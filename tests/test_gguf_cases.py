@@ -243,6 +243,62 @@ def test_b44_b45_b82_templates_rows_and_ids(tmp_path: Path) -> None:
         quantize.plan(short, type="Q8_0", out=tmp_path / "b.gguf")
 
 
+def test_b05_b06_heads_that_are_the_embedding(tmp_path: Path, refused: Callable[..., str]) -> None:
+    tied = tiny.llama(tmp_path / "Tied", tokenizer=True, tie_word_embeddings=True, **WIDE)
+    file = quantize.run(tied, type="Q4_K_M", out=tmp_path / "tied.gguf").out
+    assert "output.weight" not in types(file)
+    assert types(file)["token_embd.weight"] == "q6_k"  # it is the head as well
+    back = quantize.convert(file, out=tmp_path / "Back").out
+    assert json.loads((back / "config.json").read_text())["tie_word_embeddings"] is True
+    headless = tiny.llama(tmp_path / "Headless", tokenizer=True, drop=["lm_head.weight"], **WIDE)
+    words = ("run", headless, "--type", "Q4_K_M", "--out", tmp_path / "b.gguf")
+    assert "--assume-tied" in refused(3, *words, names=("lm_head.weight", "config.json"))
+    assert types(quantize.run(headless, type="Q4_K_M", assume_tied=True, out=tmp_path / "b.gguf").out) == types(file)
+
+
+def test_b10_a_broken_file_fails_the_gate(wide: Path, tmp_path: Path, cli: Cli) -> None:
+    good = quantize.run(wide, type="Q8_0", out=tmp_path / "good.gguf").out
+    bad = Path(shutil.copy(good, tmp_path / "bad.gguf"))
+    part = read_part(bad).tensors["blk.0.ffn_down.weight"].extent
+    with bad.open("r+b") as stream:  # rows moved by one
+        stream.seek(part.offset)
+        rows = stream.read(part.nbytes)
+        stream.seek(part.offset)
+        stream.write(rows[-(part.nbytes // 256) :] + rows[: -(part.nbytes // 256)])
+    words = ("--base", wide, "--chunks", 2, "--context", 64, "--max-kld", 0.02)
+    assert cli("eval", good, *words).exit_code == 0
+    result = cli("eval", bad, *words)
+    assert result.exit_code not in (0, 1, 2, 3)
+    assert "max-kld" in result.stderr or "KL" in result.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_b55_eight_bit_floats_without_scales(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Such weights are what they say, in bf16 and in f16; with scales they are refused until those can be read."""
+    weight = torch.randn(512, 256, generator=torch.Generator().manual_seed(0)).to(dtype)
+    source = tiny.llama(tmp_path / "Source", tokenizer=True, extra={STORED_UP: weight}, **WIDE)
+    for name in ("bf16", "f16"):
+        out = quantize.convert(source, format="gguf", dtype=name, out=tmp_path / f"{name}.gguf").out
+        assert torch.equal(quantize.open(out).read(STORED_UP).float(), weight.float())
+    scaled = tiny.llama(tmp_path / "Scaled", tokenizer=True, quantization_config={"quant_method": "fp8"},
+                        extra={STORED_UP: weight, f"{STORED_UP}_scale_inv": torch.ones(4, 2)}, **WIDE)  # fmt: skip
+    with pytest.raises(InputError, match="fp8"):
+        quantize.run(scaled, type="Q4_0", requantize=True, out=tmp_path / "x.gguf")
+
+
+def test_an_adapter_is_merged_before_rounding(wide: Path, tmp_path: Path) -> None:
+    name, lora = "model.layers.0.self_attn.q_proj", tmp_path / "Lora"
+    lora.mkdir()
+    (lora / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
+    halves = {"lora_A": torch.full((2, 256), 0.1), "lora_B": torch.full((256, 2), 0.2)}
+    save_file({f"base_model.model.{name}.{h}.weight": v for h, v in halves.items()}, lora / "adapter_model.safetensors")
+    options: dict[str, Any] = {"format": "gguf", "adapters": (str(lora),), "dtype": "f32"}
+    for source in (wide, quantize.convert(wide, format="gguf", out=tmp_path / "base.gguf").out):
+        out = quantize.convert(source, out=tmp_path / f"{source.stem}-merged.gguf", **options).out
+        base, merged = (quantize.open(path).read(f"{name}.weight").float() for path in (wide, out))
+        assert torch.equal(merged, (base + 0.04).bfloat16().float())  # in the dtype of the source
+
+
 # -- shapes ------------------------------------------------------------------------------------------------------------
 
 
