@@ -121,6 +121,14 @@ def stored_bytes(file: Path) -> dict[str, bytes]:
     return {tensor.name: tensor.data.tobytes() for tensor in gguf.GGUFReader(file).tensors}
 
 
+def one_each(model: Path) -> tuple[str, ...]:
+    """Rules that give every block type to a matrix of its own, those of `ffn_down` left out."""
+    kinds = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up")
+    layers = quantize.open(model).config["num_hidden_layers"]
+    names = [f"blk.{layer}.{kind}.weight" for layer in range(layers) for kind in kinds]
+    return tuple(f"{name}={kind}" for name, kind in zip(names, ENCODERS, strict=False))
+
+
 # -- what stands in the file -------------------------------------------------------------------------------------------
 
 
@@ -323,15 +331,16 @@ def test_b13_b17_a_type_that_a_row_does_not_fit(refused: Callable[..., str], tmp
 
 def test_b14_a_very_small_model_takes_every_type(tmp_path: Path) -> None:
     """Rows of 64, and of 172, which no block divides: those stay floats."""
-    small = tiny.llama(tmp_path / "Small", tokenizer=True, intermediate_size=172, vocab_size=512, num_hidden_layers=1)
-    for name in ENCODERS:
-        out = tmp_path / f"{name}.gguf"
-        # nothing here can have types that need importance but by a fallback, which needs none
-        report = quantize.run(small, type="Q8_0", tensor_types=(f"^blk={name}",), imatrix="none", out=out, threads=1)
-        found = types(report.out)
-        assert found["blk.0.ffn_down.weight"] == "f16"
-        assert found["blk.0.ffn_up.weight"] not in ("f16", "f32", "bf16")
-        assert finite(out)
+    small = tiny.llama(tmp_path / "Small", tokenizer=True, intermediate_size=172, vocab_size=512, num_hidden_layers=5)
+    rules = one_each(small)
+    # nothing here can have types that need importance but by a fallback, which needs none
+    out = quantize.run(small, type="Q8_0", tensor_types=rules, imatrix="none", out=tmp_path / "a.gguf").out
+    found = types(out)
+    assert {kind for name, kind in found.items() if "ffn_down" in name} == {"f16"}
+    given = {found[rule.split("=")[0]] for rule in rules}
+    assert not given & {"f16", "f32", "bf16"}
+    assert given >= {"q2_0", "q4_0", "q4_1", "q5_0", "q8_0", "iq4_nl", "mxfp4", "nvfp4"}
+    assert finite(out)
 
 
 def test_b67_only_matrices_are_quantized(tmp_path: Path, refused: Callable[..., str]) -> None:
@@ -387,10 +396,11 @@ def test_b18_an_expert_without_tokens(experts: Path, importance: ImportanceMatri
         assert stack.endswith(alone.arrays["blocks"].numpy().tobytes())
 
 
-def test_b23_zeros_in_importance(wide: Path, tmp_path: Path) -> None:
+def test_b23_zeros_in_importance(tmp_path: Path) -> None:
     """Whole super-blocks of zeros and single ones: every type that uses importance stays finite and near."""
-    shapes = {n: s.shape for n, s in read_part(quantize.convert(wide, format="gguf", out=tmp_path / "f.gguf").out)
-              .tensors.items() if len(s.shape) > 1}  # fmt: skip
+    deep = tiny.llama(tmp_path / "Deep", tokenizer=True, num_hidden_layers=5, **WIDE)
+    plain = quantize.convert(deep, format="gguf", out=tmp_path / "plain.gguf").out
+    shapes = {name: stored.shape for name, stored in read_part(plain).tensors.items() if len(stored.shape) > 1}
     sums = {name: np.ones((1, shape[-1]), np.float32) for name, shape in shapes.items()}
     for values in sums.values():
         values[0, :256] = 0
@@ -398,15 +408,12 @@ def test_b23_zeros_in_importance(wide: Path, tmp_path: Path) -> None:
     file = tmp_path / "zeros.gguf"
     entries = {name: Importance(values, np.ones(1, np.float32)) for name, values in sums.items()}
     write_imatrix(file, ImportanceMatrix(entries, ("zeros",), 1, 1))
-    weight = quantize.open(wide).read(STORED_UP).float().numpy()
-    for kind in ENCODERS:
-        out = tmp_path / f"{kind}.gguf"
-        rules = (f"ffn_up={kind}", f"attn_q={kind}")
-        quantize.run(wide, type="Q8_0", tensor_types=rules, imatrix=file, out=out, threads=1)
-        held = quantize.open(out).read(STORED_UP).numpy()
-        assert types(out)[UP] == kind
-        assert np.isfinite(held).all()
-        assert np.square(held - weight).sum() < 0.7 * np.square(weight).sum(), kind
+    out = quantize.run(deep, type="Q8_0", tensor_types=one_each(deep), imatrix=file, out=tmp_path / "a.gguf").out
+    assert set(ENCODERS) <= set(types(out).values())
+    weights, held = decoded(plain), decoded(out)
+    for name, value in held.items():
+        assert value.isfinite().all(), name
+        assert (value - weights[name].float()).square().sum() < 0.7 * weights[name].float().square().sum(), name
 
 
 def test_b69_importance_under_other_names(experts: Path, importance: ImportanceMatrix, tmp_path: Path) -> None:
