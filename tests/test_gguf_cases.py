@@ -750,8 +750,7 @@ _LIMITED = """
 import resource, sys
 import torch, quantize, transformers
 small, large, out, limit = sys.argv[1:]
-for number in range(2):  # what the libraries load and compile once is not counted
-    quantize.run(small, type="Q8_0", out=f"{out}{number}.gguf", threads=1)
+quantize.run(small, type="Q8_0", out=f"{out}.gguf", threads=1)  # what is loaded and compiled once is not counted
 held = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData")) * 1024
 resource.setrlimit(resource.RLIMIT_DATA, (held + int(limit),) * 2)
 try:
