@@ -17,6 +17,7 @@ from quantize.formats.gguf.imatrix import ImportanceMatrix, read_imatrix
 from quantize.formats.gguf.mixes import MIXES, Choice, Facts, Mix, choose, lacking_importance
 from quantize.formats.gguf.overrides import Override, from_gguf, parse_tensor_types, parse_type, unmatched
 from quantize.imatrix import coverage, match
+from quantize.kernels.cpu.ggml import USES_IMPORTANCE
 from quantize.planning import Decision
 from quantize.presets import Choice as Preset
 from quantize.schemes import GGMLBlock, Plain, Scheme, parse_scheme
@@ -70,7 +71,9 @@ class Mixing:
         if preset is None and not settings.dtype:
             held = {name: Decision(None, "as stored") for name in held_already(view, target)}
         decisions = decide(view, metadata, mix, settings, importance=matrix is not None or file is not None) | held
-        gathers = matrix is None and asked != NONE and (file is not None or bool(needy(decisions, mix)))
+        # a text that is named shall be used, whether the types need it or would only gain by it
+        wanted = file is not None or bool(needy(decisions, mix)) or bool(settings.calib and gaining(decisions))
+        gathers = matrix is None and asked != NONE and wanted
         if gathers and file is None:
             decisions = decide(view, metadata, mix, settings, importance=True) | held
         result = Mixing(mix, decisions, Header({}), gathers, save=file if gathers else None)
@@ -241,6 +244,11 @@ def needy(decisions: Mapping[str, Decision], mix: Mix, covered: Collection[str] 
     """Returns the tensors whose type needs importance and that are not in `covered`."""
     choices = {n: Choice(str(d.scheme) if d.scheme is not None else None, d.rule) for n, d in decisions.items()}
     return lacking_importance(choices, mix, covered)
+
+
+def gaining(decisions: Mapping[str, Decision]) -> bool:
+    """Returns whether any tensor gets a type that weighs errors by importance."""
+    return any(isinstance(d.scheme, GGMLBlock) and d.scheme.type in USES_IMPORTANCE for d in decisions.values())
 
 
 def require_importance(decisions: Mapping[str, Decision], mix: Mix, covered: Collection[str], hint: str) -> None:

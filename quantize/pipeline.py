@@ -47,6 +47,8 @@ from quantize.work import Work
 from quantize.writer import REPORT, OutputFolder, check_target, tidy
 
 EVAL_CHUNKS = 20
+# File systems take 255 bytes, and names grow while the output is made.
+_LONGEST_NAME = 230
 # Where an unfinished run keeps the importance that it has gathered.
 _GATHERED = ".gathered-imatrix"
 
@@ -519,6 +521,8 @@ def _maybe_linear(entry: Entry) -> bool:
 def _output(path: str | Path) -> Path:
     """Returns the output's path with a name of its own: `.` and `..` have none."""
     path = Path(path).expanduser()
+    if len(path.name.encode()) > _LONGEST_NAME:
+        raise UsageError(f"--out: a name of {len(path.name.encode())} bytes", f"take {_LONGEST_NAME} or less")
     return path if path.name not in ("", "..") else path.resolve()
 
 

@@ -115,6 +115,13 @@ class Plan:
         return tuple(entry for entry in self.entries if entry.fallback)
 
     @property
+    def fallback_share(self) -> float:
+        """Share of the weights that were to lie on a grid and got something else than asked for."""
+        substituted = sum(entry.count for entry in self.fallbacks)
+        asked = sum(entry.count for entry in self.entries if entry.quantized or entry.fallback)
+        return substituted / max(1, asked)
+
+    @property
     def output_bytes(self) -> int:
         """Bytes of all output arrays."""
         return sum(piece.nbytes for pieces in self.files.values() for piece in pieces)
@@ -458,6 +465,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "bits_per_weight": round(plan.bits_per_weight, 4),
         "planned_bits_per_weight": round(plan.planned_bits_per_weight, 4),
         "linear_bits_per_weight": round(plan.linear_bits_per_weight, 4),
+        "fallback_share": round(plan.fallback_share, 4),
         "peak_bytes": plan.peak_bytes,
         "free_bytes": plan.free_bytes,
         "notices": list(plan.notices),

@@ -82,8 +82,6 @@ def figures(plan: Plan, source_bytes: int) -> dict[str, Any]:
     """Returns the sizes and counts of a plan that a report shows."""
     weights = sum(entry.count for entry in plan.entries)
     quantized = sum(entry.count for entry in plan.quantized)
-    substituted = sum(entry.count for entry in plan.fallbacks)
-    asked = quantized + sum(entry.count for entry in plan.fallbacks if not entry.quantized)
     return {
         "source_bytes": source_bytes,
         "output_bytes": plan.output_bytes,
@@ -95,7 +93,7 @@ def figures(plan: Plan, source_bytes: int) -> dict[str, Any]:
         "fallbacks": len(plan.fallbacks),
         "dropped": len(plan.dropped),
         "quantized_share": round(quantized / max(1, weights), 4),
-        "fallback_share": round(substituted / max(1, asked), 4),
+        "fallback_share": round(plan.fallback_share, 4),
     }
 
 

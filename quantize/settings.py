@@ -19,7 +19,7 @@ class Settings:
         group_size: Inputs per scale; None for the format's own.
         symmetric: Whether zero points are fixed to the middle.
         type: llama.cpp's name of a type or mix; then the format is GGUF.
-        imatrix: Importance of input columns: "auto" (gathered from the text where the types need it), "none", or a
+        imatrix: Importance of input columns: "auto" (gathered where the types need it or a text is named), "none", or a
             file of llama.cpp's, read if it exists and saved if it does not. None means auto.
         pure: Whether a mix gives every tensor its base type.
         output_type: Type of the output matrix, over the mix.

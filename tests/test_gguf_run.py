@@ -249,3 +249,20 @@ def test_values_read_back_are_those_that_gguf_decodes(wide: Path, tmp_path: Path
     tensor = theirs["blk.0.ffn_down.weight"]
     expected = gguf.dequantize(tensor.data, tensor.tensor_type)
     assert np.array_equal(ours.read("model.layers.0.mlp.down_proj.weight").numpy(), expected)
+
+
+def test_a_text_that_is_named_is_used(wide: Path, tmp_path: Path) -> None:
+    """Q4_K_M does without importance; who names a text wants it."""
+    text = tmp_path / "text.txt"
+    text.write_text("one two three four five six seven eight nine ten. " * 60)
+    plain = quantize.run(wide, type="Q4_K_M", out=tmp_path / "a.gguf").out
+    named = quantize.run(wide, type="Q4_K_M", out=tmp_path / "b.gguf", calib=(str(text),), **tiny.QUICK).out
+    assert read_part(named).metadata["quantize.imatrix.dataset"] == "text.txt"
+    assert stored_bytes(plain) != stored_bytes(named)
+    left = quantize.run(wide, type="Q4_K_M", out=tmp_path / "c.gguf", calib=(str(text),), imatrix="none", eval="none")
+    assert stored_bytes(left.out) == stored_bytes(plain)
+
+
+def test_a_name_that_no_file_system_takes(wide: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="a name of 254 bytes"):
+        quantize.plan(wide, type="Q8_0", out=tmp_path / f"{'n' * 249}.gguf")

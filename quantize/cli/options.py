@@ -167,7 +167,7 @@ GRID = together(
 GGUF = together(
     click.option(
         "--imatrix", metavar="auto|FILE|none",
-        help="Importance for --type: gathered where types need it, llama.cpp's file, or none.  [default: auto]",
+        help="Importance for --type: gathered if types need it or --calib says so, a file, none.  [default: auto]",
     ),
     click.option("--pure", is_flag=True, help="Give every tensor the mix's base type."),
     click.option("--output-type", metavar="TYPE", help="GGUF type of the output matrix."),
