@@ -419,9 +419,7 @@ def test_foreign_files(tmp_path: Path) -> None:
 
 def test_tensor_list_must_be_the_architectures(tmp_path: Path) -> None:
     tensors, path = make_tensors(4, 2, 8, torch.float16), tmp_path / "m.gguf"
-    with pytest.raises(
-        InputError, match=r"'blk\.2\.ffn_up\.weight' is no tensor of .* 'llama' with 2 blocks"
-    ):
+    with pytest.raises(InputError, match=r"'blk\.2\.ffn_up\.weight' is no tensor of .* 'llama' with 2 blocks"):
         GGUFFormat().open(write(path, tensors | {"model.layers.2.mlp.up_proj.weight": tensors[K]}))
     biases = {f"model.layers.{i}.self_attn.{leaf}.bias": 32 for i in range(LAYERS) for leaf in ("q_proj", "o_proj")}
     some = tensors | {name: torch.zeros(rows) for name, rows in biases.items()}

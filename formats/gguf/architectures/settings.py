@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize.errors import InputError
+from quantize.formats.gguf.architectures.defaults import assumed
 from quantize.formats.gguf.metadata import Value, f32, flag, flags, integers, u32
 
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
@@ -56,6 +57,8 @@ class Settings:
         """The same with what transformers assumes where a config is silent; as it is when the kind is unknown."""
         if self.keys is not None:
             return self.own
+        if (known := assumed(self.own)) is not None:
+            return known
         from transformers import CONFIG_MAPPING
 
         kind = self.own.get("model_type")
