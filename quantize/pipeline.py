@@ -97,6 +97,10 @@ class Job:
         tidy(self.out)
         if self.plan.refusal is not None:
             raise self.plan.refusal
+        with self._loops():
+            return self._run()
+
+    def _run(self) -> Report:
         self._require_evaluation_text()
         text = self._calibration_text()
         statistics = StatisticsFile(self.settings.statistics) if self.settings.statistics else None
@@ -106,7 +110,7 @@ class Job:
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         output = OutputFolder(self.out, self.plan.layouts, digest, self.settings.restart, loose=self.target.single_file)
         try:
-            with one_torch_thread(), self._loops():
+            with one_torch_thread():
                 report = self._fill(output, text, statistics, identity)
             output.publish(self.settings.overwrite)
         except (KeyboardInterrupt, ResourceError):
