@@ -151,7 +151,7 @@ def main(work: Path, tokenizer: Path, calib: tuple[str, ...], threads: int, samp
     vocabulary = json.loads((tokenizer / "config.json").read_text())["vocab_size"]
     if only != "rtn":
         narrow = {f"narrow-{n}": {**llama_config(512, 1408, vocabulary, n), "tokenizer": tokenizer} for n in (12, 48)}
-        rows = compare(work, narrow, method="awq", bits=4, calib=calib, threads=threads)
+        rows = compare(work, narrow, method="awq", bits=4, calib=calib, calib_samples=samples, threads=threads)
         peaks = [row["peak_mb"] for row in rows]
         report("awq", rows, [verdict("48 layers' peak / 12 layers'", max(peaks) / min(peaks), 1.1)], threads)
     if only != "awq":

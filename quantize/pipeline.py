@@ -29,7 +29,7 @@ from quantize.kernels.cpu.ggml import Warming
 from quantize.methods.base import Block, Method, Result
 from quantize.mixing import Mixing, is_gguf, plain_mix
 from quantize.ollama import modelfile
-from quantize.parallel import Pool, default_threads, one_torch_thread
+from quantize.parallel import Pool, default_threads, few_heaps, one_torch_thread
 from quantize.planning import SHARD_BYTES, Entry, Plan, Request, make_plan, require_space
 from quantize.presets import Choice, choose, refuse_idle
 from quantize.progress import Progress, silent
@@ -97,6 +97,7 @@ class Job:
         tidy(self.out)
         if self.plan.refusal is not None:
             raise self.plan.refusal
+        few_heaps()
         with self._loops():
             return self._run()
 
