@@ -75,6 +75,22 @@ class Checkpoint(Protocol):
         """Returns rows of a tensor on its own grid, or None when it is plain."""
 
 
+class NamedView(Checkpoint, Protocol):
+    """A model under the names of a format that has its own, as `Format.view` of such a format gives it."""
+
+    def metadata(self) -> Mapping[str, Any]:
+        """Returns what the format says of the model beside its tensors, in the format's own types."""
+
+    def sources(self, name: str) -> tuple[str, ...]:
+        """Returns the stored tensors that a tensor is made of, experts in order."""
+
+    def same_columns(self, name: str) -> bool:
+        """Returns whether a tensor's input columns are those of its sources, so that statistics carry over."""
+
+    def required_float(self, name: str) -> bool:
+        """Returns whether engines want a tensor in float32 whatever the source has it in."""
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
     """One array of the output: a tensor as the container sees it.

@@ -77,7 +77,7 @@ def run(
         model: A folder, a .gguf file or a hub id; None for the current folder.
         progress: Called with what is being done, how many parts are done, and of how many.
         announce: Called with the plan before the work begins.
-        options: The fields of `quantize.pipeline.Settings`: `method`, `bits`, `group_size`, `out`, `calib`, ...
+        options: The fields of `quantize.settings.Settings`: `method`, `bits`, `group_size`, `out`, `calib`, ...
 
     Raises:
         QuantizeError: a subclass that tells the kind; see `quantize.errors`.

@@ -5,12 +5,13 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 from quantize.calib_data import CalibrationText
 from quantize.calibration import calibration_text, open_sweep
 from quantize.checkpoint import open_checkpoint, refuse_nan
 from quantize.formats import named
-from quantize.formats.base import Checkpoint
+from quantize.formats.base import Checkpoint, NamedView
 from quantize.formats.gguf.imatrix import ImportanceMatrix
 from quantize.imatrix import SiteOf, gather
 from quantize.parallel import default_threads, one_torch_thread
@@ -37,7 +38,7 @@ def importance_of(model: str | Path | None, settings: Settings, folder: Path, pr
     """
     checkpoint = open_checkpoint(model, settings.adapters)
     skeleton = Skeleton(checkpoint, settings.assume_tied)
-    view = named("gguf").view(checkpoint, settings.arch, settings.assume_tied)
+    view = cast(NamedView, named("gguf").view(checkpoint, settings.arch, settings.assume_tied))
     text = calibration_text(settings, skeleton, checkpoint, progress)
     threads = settings.threads or default_threads()
     with one_torch_thread(), tempfile.TemporaryDirectory(dir=folder, prefix=".quantize-") as spill:
@@ -48,7 +49,7 @@ def gather_importance(
     settings: Settings,
     skeleton: Skeleton,
     checkpoint: Checkpoint,
-    view: Checkpoint,
+    view: NamedView,
     text: CalibrationText,
     threads: int,
     folder: Path,
@@ -83,7 +84,7 @@ def gather_importance(
             if stage.path in skeleton.blocks:
                 progress("gathering", skeleton.blocks.index(stage.path) + 1, len(skeleton.blocks))
     names = [name for name in view.tensors if len(view.tensors[name].shape) > 1]
-    sources = {name: view.sources(name) for name in names if view.same_columns(name)}  # type: ignore[attr-defined]
+    sources = {name: view.sources(name) for name in names if view.same_columns(name)}
     shapes = {name: view.tensors[name].shape for name in names}
     entries = gather(sources, _site_of(seen, skeleton), shapes=shapes)
     rows, length = text.ids.shape

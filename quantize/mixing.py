@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quantize.errors import InputError, UsageError
-from quantize.formats.base import Checkpoint, Format, Header
+from quantize.formats.base import Checkpoint, Format, Header, NamedView
 from quantize.formats.gguf.imatrix import ImportanceMatrix, read_imatrix
 from quantize.formats.gguf.mixes import MIXES, Choice, Facts, Mix, choose, lacking_importance
 from quantize.formats.gguf.overrides import Override, from_gguf, parse_tensor_types, parse_type, unmatched
@@ -55,18 +55,19 @@ class Mixing:
     notes: tuple[str, ...] = ()
 
     @staticmethod
-    def of(target: Format, preset: Preset | None, view: Checkpoint, settings: Settings) -> Mixing:
+    def of(
+        target: Format, preset: Preset | None, view: NamedView, settings: Settings, dtype: torch.dtype | None
+    ) -> Mixing:
         """Returns what the settings make of a model under GGUF names.
 
         Raises:
             QuantizeError: what they ask for cannot be.
         """
-        dtype = parse_scheme(settings.dtype).dtype if settings.dtype else None  # type: ignore[attr-defined]
         mix = preset.mix if preset is not None and preset.mix is not None else plain_mix(view, dtype)
         asked = str(settings.imatrix or AUTO)
         file = Path(asked).expanduser() if asked not in (AUTO, NONE) else None
         matrix = read_imatrix(file) if file is not None and file.exists() else None
-        metadata: Mapping[str, Any] = view.metadata()  # type: ignore[attr-defined]
+        metadata = view.metadata()
         held: dict[str, Decision] = {}
         if preset is None and not settings.dtype:
             held = {name: Decision(None, "as stored") for name in held_already(view, target)}
@@ -196,7 +197,7 @@ def is_gguf(path: str | Path | None) -> bool:
 
 
 def decide(
-    view: Checkpoint, header: Mapping[str, Any], mix: Mix, settings: Settings, importance: bool
+    view: NamedView, header: Mapping[str, Any], mix: Mix, settings: Settings, importance: bool
 ) -> dict[str, Decision]:
     """Returns what a mix gives each tensor of a model under GGUF names.
 
@@ -227,7 +228,7 @@ def decide(
     return {name: _decision(view, name, choice, settings.requantize) for name, choice in choices.items()}
 
 
-def _decision(view: Checkpoint, name: str, choice: Choice, requantize: bool) -> Decision:
+def _decision(view: NamedView, name: str, choice: Choice, requantize: bool) -> Decision:
     source: Scheme = view.tensors[name].scheme
     if isinstance(source, GGMLBlock) and view.format != _OWN and not requantize:
         return Decision(None, f"{source} in the source: its codes go over as they are")
@@ -235,7 +236,7 @@ def _decision(view: Checkpoint, name: str, choice: Choice, requantize: bool) -> 
         asked = parse_scheme(choice.wanted) if choice.wanted else None
         return Decision(parse_scheme(choice.type), choice.rule, asked)
     floating = isinstance(source, Plain) and source.dtype.is_floating_point
-    if floating and getattr(view, "required_float", lambda _: False)(name):
+    if floating and view.required_float(name):
         return Decision(Plain(torch.float32), choice.rule)
     return Decision(None, choice.rule)
 

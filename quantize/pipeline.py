@@ -10,7 +10,7 @@ from copy import deepcopy
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from quantize.calibration import calibration_text, open_sweep
 from quantize.checkpoint import fingerprint, is_quantized, open_checkpoint
 from quantize.errors import InputError, QuantizeError, ResourceError, UsageError, resource_error
 from quantize.evaluation import DEFAULT_TEXT, evaluate_checkpoints, require_windows
+from quantize.formats.base import NamedView
 from quantize.formats.folder import INDEX
 from quantize.formats.gguf.imatrix import read_imatrix, write_imatrix
 from quantize.gathering import gather_importance
@@ -80,7 +81,7 @@ class Job:
         self.threads = settings.threads or default_threads()
         self.mix: Mixing | None = None
         if self.target.single_file:
-            self.mix = Mixing.of(self.target, self.choice, self.view, self.settings)
+            self.mix = Mixing.of(self.target, self.choice, self._named_view, self.settings, _dtype(settings.dtype))
         plan = make_plan(self.view, self._anatomy(), self._request(), self.out)
         self.plan = replace(plan, refusal=self._refusal(plan))
 
@@ -219,7 +220,14 @@ class Job:
             matrix = read_imatrix(kept)
         else:
             matrix = gather_importance(
-                self.settings, self.skeleton, self.checkpoint, self.view, text, self.threads, output.path, self.progress
+                self.settings,
+                self.skeleton,
+                self.checkpoint,
+                self._named_view,
+                text,
+                self.threads,
+                output.path,
+                self.progress,
             )
             write_imatrix(kept, matrix)
             if self.mix.save is not None:
@@ -394,13 +402,17 @@ class Job:
 
     # -- what is decided -------------------------------------------------------------------------------------------
 
+    @property
+    def _named_view(self) -> NamedView:
+        """The view; only formats with names of their own, which are files, have one of this kind."""
+        return cast(NamedView, self.view)
+
     def _anatomy(self) -> Anatomy:
         if self.mix is None:
             return ModuleAnatomy(self.skeleton, self.checkpoint)
         if self.mix.gathers:
             _ = self.skeleton  # what cannot be built is refused now
-        sources = getattr(self.view, "sources", lambda name: (name,))
-        return NamedAnatomy({name: sources(name) for name in self.view.tensors})
+        return NamedAnatomy({name: self._named_view.sources(name) for name in self.view.tensors})
 
     def _request(self) -> Request:
         rules = [parse_rule(text, "--set") for text in self.settings.set]

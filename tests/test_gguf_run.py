@@ -266,3 +266,9 @@ def test_a_text_that_is_named_is_used(wide: Path, tmp_path: Path) -> None:
 def test_a_name_that_no_file_system_takes(wide: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="a name of 254 bytes"):
         quantize.plan(wide, type="Q8_0", out=tmp_path / f"{'n' * 249}.gguf")
+
+
+def test_a_dtype_that_is_none(wide: Path, tmp_path: Path) -> None:
+    for name in ("int4-g128", "q8_0", "f8_e4m3"):
+        with pytest.raises(UsageError, match="is no floating type"):
+            quantize.convert(wide, format="gguf", dtype=name, out=tmp_path / "a.gguf")

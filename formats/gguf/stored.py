@@ -56,6 +56,10 @@ class StoredView:
         """Returns whether input columns are those of the sources: they are where there is a source."""
         return bool(self.sources(name))
 
+    def required_float(self, name: str) -> bool:
+        """Returns False: what the file holds is what engines took."""
+        return False
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Returns rows: in their own dtype when plain, decoded to float32 when not."""
         coded = self.read_coded(name, start, stop)
