@@ -68,7 +68,7 @@ class GGUFCheckpoint:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        parts = read_parts(path, any_order=True)
+        parts = read_parts(path)
         self._first = parts[0]
         self.metadata: dict[str, Any] = self._first.metadata
         architecture, keys = read_keys(self._first)

@@ -35,7 +35,7 @@ def compare(a: Path, b: Path, *, contents: bool = False) -> dict[str, Any]:
     Raises:
         InputError: one of them cannot be read.
     """
-    models = [read_parts(path, any_order=True) for path in (a, b)]
+    models = [read_parts(path) for path in (a, b)]
     pairs = [_metadata(parts) for parts in models]
     tensors = [{name: s for part in parts for name, s in part.tensors.items()} for parts in models]
     kinds = [{name: {"type": str(s.scheme), "shape": list(s.shape)} for name, s in held.items()} for held in tensors]

@@ -207,19 +207,16 @@ def part_files(path: Path) -> list[Path]:
     return files or [path]
 
 
-def read_parts(path: Path, *, any_order: bool = False) -> list[Part]:
+def read_parts(path: Path) -> list[Part]:
     """Returns the headers of all parts of the model at `path`, the one with the metadata first.
 
     Args:
         path: A file, any part of a split one, or a folder with one model.
-        any_order: Whether big-endian files are welcome: the caller reads tensors by `Stored.read` only.
 
     Raises:
         InputError: a file cannot be read, or the parts do not belong together.
     """
     parts = [read_part(file) for file in part_files(path)]
-    if swapped := [part.file for part in parts if part.big_endian and not any_order]:
-        raise InputError(f"{swapped[0]}: a big-endian GGUF file", "make a little-endian copy of it first")
     numbers = [[p.metadata.get(f"split.{key}") for key in ("no", "count")] for p in parts]
     (number, count), file = numbers[0], parts[0].file
     if len(parts) == 1 and isinstance(number, int) and isinstance(count, int) and count > 1:

@@ -88,7 +88,9 @@ def _plan(part: Part, put: Mapping[str, Value], remove: Sequence[str]) -> tuple[
     """Returns what is to be done, and the file's new layout."""
     file, old = part.file, read_values(part.file)
     if part.big_endian:
-        raise InputError(f"{file}: a big-endian GGUF file", "make a little-endian copy of it first")
+        raise InputError(
+            f"{file}: a big-endian GGUF file", "make a little-endian one: quantize convert FILE --format gguf"
+        )
     if part.metadata.get("split.no") and set(remove).union(put) - set(SPLIT_KEYS):
         raise UsageError(f"{file}: a later part of a split model holds no metadata", "name the first part")
     if absent := [key for key in remove if key not in old]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from quantize.errors import InputError, VerificationError
 from quantize.formats.base import Layout
-from quantize.formats.container import Extent, tensor_bytes, write_all
+from quantize.formats.container import Extent, write_all
 from quantize.formats.gguf.container import Stored, read_part
 
 _CHUNK = 16 * 2**20
@@ -40,7 +40,7 @@ def create(path: Path, place: Layout, mode: int = 0o644) -> int:
 
 
 def fill(descriptor: int, place: Layout, tensors: Mapping[str, Stored]) -> None:
-    """Copies the tensors of a layout to their places and waits until they are on disk.
+    """Copies the tensors of a layout, little-endian ones, to their places and waits until they are on disk.
 
     Raises:
         OSError: as the system reports it.
@@ -48,11 +48,8 @@ def fill(descriptor: int, place: Layout, tensors: Mapping[str, Stored]) -> None:
     """
     for name, (offset, _) in place.where.items():
         stored = tensors[name]
-        if stored.swapped:
-            _copy_swapped(descriptor, offset, stored)
-        else:
-            with stored.extent.file.open("rb", buffering=0) as stream:
-                _copy(descriptor, offset, stream.fileno(), stored.extent)
+        with stored.extent.file.open("rb", buffering=0) as stream:
+            _copy(descriptor, offset, stream.fileno(), stored.extent)
     os.fsync(descriptor)
 
 
@@ -108,13 +105,3 @@ def _copy_ranges(descriptor: int, offset: int, source: int, extent: Extent) -> i
             break
         done += count
     return done
-
-
-def _copy_swapped(descriptor: int, offset: int, stored: Stored) -> None:
-    """Copies a big-endian tensor as little-endian, some rows at a time."""
-    rows = stored.shape[0]
-    step = max(1, _CHUNK * rows // stored.extent.nbytes) if len(stored.shape) > 1 else rows
-    for start in range(0, rows, step):
-        data = tensor_bytes(stored.read(start, start + step))
-        write_all(descriptor, data, offset)
-        offset += len(data)

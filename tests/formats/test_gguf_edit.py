@@ -1,4 +1,4 @@
-"""Editing, copying and comparing GGUF files: what must stay stays, whatever happens on the way."""
+"""Editing and comparing GGUF files: what must stay stays, whatever happens on the way."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from quantize.formats.gguf.edit import edit
 from quantize.formats.gguf.header import journal_path, read_values
 from quantize.formats.gguf.layout import Entry, layout
 from quantize.formats.gguf.metadata import Kind, Value, f32, flag, integers, parse_value, text, texts, u32
-from quantize.formats.gguf.rewrite import rewrite
+from quantize.formats.gguf.split import part_names, split_metadata
 from quantize.kernels.cpu.ggml import BLOCKS
 from quantize.schemes import DTYPES, GGMLBlock, Plain
 
@@ -66,17 +66,27 @@ def contents(kind: str, shape: tuple[int, ...], seed: int) -> Tensor:
 TENSORS = {name: contents(*made, seed) for seed, (name, made) in enumerate(SHAPES.items())}
 
 
-def write(path: Path, metadata: Mapping[str, Value] = METADATA, all_dims: bool = True) -> Path:
+def write(path: Path, metadata: Mapping[str, Value] = METADATA, names: Sequence[str] = tuple(SHAPES)) -> Path:
     entries = []
-    for name, (kind, shape) in SHAPES.items():
+    for name in names:
+        kind, shape = SHAPES[name]
         scheme = Plain(DTYPES[kind]) if BLOCKS[kind].weights == 1 else GGMLBlock(kind)
         entries.append(Entry(name, shape, scheme))
-    place = layout(metadata, entries, all_dims=all_dims)
+    place = layout(metadata, entries, all_dims=True)
     raw = bytearray(place.header.ljust(place.size, b"\0"))
     for name, (offset, nbytes) in place.where.items():
         raw[offset : offset + nbytes] = bytes(tensor_bytes(TENSORS[name]))
     path.write_bytes(raw)
     return path
+
+
+def write_parts(folder: Path, count: int) -> list[Path]:
+    """The same model cut into parts."""
+    names, size = list(SHAPES), -(-len(SHAPES) // count)
+    groups = [names[start : start + size] for start in range(0, len(names), size)]
+    keys = split_metadata(METADATA, [len(group) for group in groups])
+    files = [folder / name for name in part_names("parts", count)]
+    return [write(*made) for made in zip(files, keys, groups, strict=True)]
 
 
 @pytest.fixture
@@ -346,11 +356,11 @@ def test_edits_that_are_refused(
 def test_files_that_cannot_be_edited(tmp_path: Path, model: Path) -> None:
     with pytest.raises(InputError, match=r"absent\.gguf: No such file"):
         edit(tmp_path / "absent.gguf", {"a": u32(1)})
-    rewrite(model, tmp_path / "parts", max_tensors=3)
+    first, second = write_parts(tmp_path, 2)
     with pytest.raises(UsageError, match="a later part of a split model holds no metadata"):
-        edit(tmp_path / "parts-00002-of-00002.gguf", {"eps": f32(1)})
-    assert edit(tmp_path / "parts-00001-of-00002.gguf", {"eps": f32(1)}).in_place
-    assert_holds(tmp_path / "parts-00002-of-00002.gguf", METADATA | {"eps": f32(1)}, dropped=SPLIT)
+        edit(second, {"eps": f32(1)})
+    assert edit(first, {"eps": f32(1)}).in_place
+    assert_holds(second, METADATA | {"eps": f32(1)}, dropped=SPLIT)
     writer = gguf.GGUFWriter(tmp_path / "big.gguf", "llama", endianess=gguf.GGUFEndian.BIG)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -428,22 +438,19 @@ def test_a_full_disk_leaves_the_file_alone(model: Path, monkeypatch: pytest.Monk
         patch.setattr(os, where, no_space, raising=False)
         with pytest.raises(ResourceError, match="No space left"):
             edit(model, {"general.name": text("x" * 1000)})
-        with pytest.raises(ResourceError, match="No space left"):
-            rewrite(model, model.with_name("out"), max_tensors=1)
     assert listing(model.parent) == before
 
 
-def test_copies_without_the_kernels_help(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_without_the_kernels_help(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: object) -> int:
         raise OSError(errno.EXDEV, "")
 
     monkeypatch.setattr(os, "copy_file_range", refused, raising=False)
     monkeypatch.setattr(stream, "_CHUNK", 100)
-    rewrite(model, tmp_path / "out.gguf")
-    assert (tmp_path / "out.gguf").read_bytes() == model.read_bytes()
-    monkeypatch.delattr(os, "copy_file_range")
-    rewrite(model, tmp_path / "out.gguf", overwrite=True)
-    assert (tmp_path / "out.gguf").read_bytes() == model.read_bytes()
+    for name in ("x" * 1000, "y" * 2000):
+        assert not edit(model, {"general.name": text(name)}).in_place
+        assert_holds(model, METADATA | {"general.name": text(name)})
+        monkeypatch.delattr(os, "copy_file_range", raising=False)
 
 
 def test_a_copy_that_does_not_read_back(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -522,162 +529,52 @@ def test_random_edits(tmp_path: Path, seed: int) -> None:
         assert_holds(path, now)
 
 
-# --- merging and splitting
-
-
-@pytest.mark.parametrize("limits", [{"max_tensors": 2}, {"max_bytes": 1000}, {"max_tensors": 2, "bare_first": True}])
-def test_split_and_merged_again(model: Path, tmp_path: Path, limits: dict[str, Any]) -> None:
-    done = rewrite(model, tmp_path / "parts.gguf", **limits)
-    count = len(done.files)
-    assert count > 2
-    assert [file.name for file in done.files] == [f"parts-{n:05}-of-{count:05}.gguf" for n in range(1, count + 1)]
-    assert [file.stat().st_size for file in done.files] == list(done.sizes)
-    assert done.tensors == len(TENSORS)
-    assert_holds(done.files[1], METADATA, dropped=SPLIT)
-    for number, file in enumerate(done.files):
-        keys = read_values(file)
-        assert [keys[key] for key in SPLIT] == [Value(Kind.U16, number), Value(Kind.U16, count), Value(Kind.I32, 5)]
-        assert len(keys) == (3 + len(METADATA) if number == 0 else 3)
-        if not limits.get("bare_first") or number:
-            assert read_part(file).tensors
-    merged = rewrite(done.files[0], tmp_path / "merged.gguf")
-    assert merged.files == (tmp_path / "merged.gguf",)
-    assert merged.files[0].read_bytes() == model.read_bytes()
-    again = rewrite(done.files[-1], tmp_path / "again", max_tensors=4)  # from parts to other parts
-    assert [len(read_part(file).tensors) for file in again.files] == [4, 1]
-    assert_holds(again.files[0], METADATA, dropped=SPLIT)
-
-
-def test_parts_of_the_gguf_package_become_one(tmp_path: Path) -> None:
-    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama", split_max_tensors=2)
-    writer.add_name("some")
-    for name in "abcde":
-        writer.add_tensor(name, torch.full((2, 3), float(ord(name))).numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    out = rewrite(tmp_path / "m-00001-of-00003.gguf", tmp_path / "one.gguf").files[0]
-    part = read_part(out)
-    assert part.metadata == {"general.architecture": "llama", "general.name": "some"}
-    assert [part.tensors[name].read()[0, 0].item() for name in "abcde"] == [ord(name) for name in "abcde"]
-    assert [tensor.name for tensor in gguf.GGUFReader(out).tensors] == list("abcde")
-
-
-def test_alignment_goes_with_the_parts(tmp_path: Path) -> None:
-    metadata = METADATA | {"general.alignment": u32(256)}
-    path = write(tmp_path / "m.gguf", metadata)
-    done = rewrite(path, tmp_path / "parts", max_bytes=2048)
-    assert_holds(done.files[0], metadata, dropped=SPLIT)
-    assert rewrite(done.files[0], tmp_path / "one.gguf").files[0].read_bytes() == path.read_bytes()
-
-
-def test_big_endian_becomes_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "_CHUNK", 64)
-    writer = gguf.GGUFWriter(tmp_path / "big.gguf", "llama", endianess=gguf.GGUFEndian.BIG)
-    writer.add_token_list([f"t{i}" for i in range(300)])
-    values = torch.arange(60, dtype=torch.float32).reshape(12, 5)
-    blocks = contents("q4_0", (8, 64), 0).numpy().reshape(-1, 18)
-    turned = blocks.copy()
-    turned[:, [0, 1]] = blocks[:, [1, 0]]
-    writer.add_tensor("plain", values.numpy())
-    writer.add_tensor("blocks", turned.reshape(8, 36), raw_dtype=gguf.GGMLQuantizationType.Q4_0)
-    writer.add_tensor("row", turned.reshape(-1), raw_dtype=gguf.GGMLQuantizationType.Q4_0)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    out = rewrite(tmp_path / "big.gguf", tmp_path / "little.gguf").files[0]
-    part = read_part(out)
-    assert not part.big_endian
-    assert part.array("tokenizer.ggml.tokens") == [f"t{i}" for i in range(300)]
-    assert torch.equal(part.tensors["plain"].read(), values)
-    for name in ("blocks", "row"):
-        assert part.tensors[name].read().numpy().tobytes() == blocks.tobytes()
-    assert compare(tmp_path / "big.gguf", out, contents=True)["differing"] == []
-
-
-def test_existing_files_and_the_input_are_never_written_over(model: Path, tmp_path: Path) -> None:
-    done = rewrite(model, tmp_path / "parts", max_tensors=2)
-    link, hard = tmp_path / "link.gguf", tmp_path / "hard.gguf"
-    link.symlink_to(model)
-    hard.hardlink_to(model)
-    before = listing(tmp_path)
-    for out in (model, link, hard):
-        for overwrite in (False, True):
-            with pytest.raises(UsageError, match="output and input are the same"):
-                rewrite(model, out, overwrite=overwrite)
-    with pytest.raises(UsageError, match=r"model\.gguf: exists already"):
-        rewrite(done.files[0], model)
-    with pytest.raises(UsageError, match=r"parts-00001-of-00003\.gguf: exists already"):
-        rewrite(model, tmp_path / "parts.gguf", max_tensors=2)
-    with pytest.raises(UsageError, match="output and input are the same"):
-        rewrite(done.files[0], tmp_path / "parts", max_tensors=2, overwrite=True)
-    # A shell's glob that hands over parts as if they were input and output.
-    with pytest.raises(UsageError, match="is the name of a part"):
-        rewrite(done.files[0], done.files[1], overwrite=True)
-    with pytest.raises(UsageError, match="is a folder"):
-        rewrite(model, tmp_path)
-    (tmp_path / "dangling.gguf").symlink_to("nowhere")
-    with pytest.raises(UsageError, match="exists already"):
-        rewrite(model, tmp_path / "dangling.gguf")
-    (tmp_path / "dangling.gguf").unlink()
-    assert listing(tmp_path) == before
-    rewrite(model, tmp_path / "parts", max_tensors=2, overwrite=True)
-    assert listing(tmp_path) == before
-
-
-def test_dry_run_of_a_copy(model: Path, tmp_path: Path) -> None:
-    before = listing(tmp_path)
-    planned = rewrite(model, tmp_path / "out", max_tensors=2, dry_run=True)
-    assert listing(tmp_path) == before
-    assert rewrite(model, tmp_path / "out", max_tensors=2) == planned
-
-
-def test_killed_copies_leave_no_final_name(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = 0
-
-    def killed(path: Path, place: object) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 2:
-            os._exit(9)
-
-    child = os.fork()
-    if child == 0:
-        monkeypatch.setattr("quantize.formats.gguf.rewrite.check", killed)
-        try:
-            rewrite(model, tmp_path / "out", max_tensors=2)
-        finally:
-            os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-    left = sorted(file.name for file in tmp_path.iterdir())
-    assert left == sorted([model.name, *(f".out-{n:05}-of-00003.gguf.partial" for n in (1, 2, 3))])
-    done = rewrite(model, tmp_path / "out", max_tensors=2)
-    assert sorted(file.name for file in tmp_path.iterdir()) == sorted([model.name, *(f.name for f in done.files)])
-    assert_holds(done.files[0], METADATA, dropped=SPLIT)
-
-
-def test_a_tensor_in_two_parts(tmp_path: Path) -> None:
-    for number in range(2):
-        keys = {"split.no": Value(Kind.U16, number), "split.count": Value(Kind.U16, 2)}
-        place = layout(keys, [Entry("twice", (8,), Plain(torch.float32))])
-        (tmp_path / f"m-0000{number + 1}-of-00002.gguf").write_bytes(place.header.ljust(place.size, b"\0"))
-    with pytest.raises(InputError, match="'twice' is held by two parts"):
-        rewrite(tmp_path, tmp_path / "one.gguf")
-
-
 # --- comparing
 
 
+def test_parts_of_the_gguf_package_are_one_model(tmp_path: Path) -> None:
+    paths = []
+    for limits in ({}, {"split_max_tensors": 2}):
+        writer = gguf.GGUFWriter(tmp_path / f"{len(limits)}.gguf", "llama", **limits)
+        for name in "abcde":
+            writer.add_tensor(name, torch.full((2, 3), float(ord(name))).numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        paths.append(next(tmp_path.glob(f"{len(limits)}*.gguf")))
+    found = compare(*paths, contents=True)
+    empty = {"added": {}, "removed": {}, "changed": {}}
+    assert (found["metadata"], found["tensors"], found["differing"]) == (empty, empty, [])
+
+
+def test_a_big_endian_file_against_its_little_endian_twin(tmp_path: Path) -> None:
+    values = torch.arange(60, dtype=torch.float32).reshape(12, 5).numpy()
+    blocks = contents("q4_0", (8, 64), 0).numpy().reshape(-1, 18)
+    turned = blocks.copy()
+    turned[:, [0, 1]] = blocks[:, [1, 0]]
+    paths = [tmp_path / "little.gguf", tmp_path / "big.gguf"]
+    for path, order, raw in zip(paths, gguf.GGUFEndian, (blocks, turned), strict=True):
+        writer = gguf.GGUFWriter(path, "llama", endianess=order)
+        writer.add_token_list([f"t{i}" for i in range(300)])
+        writer.add_tensor("plain", values)
+        writer.add_tensor("blocks", raw.reshape(8, 36), raw_dtype=gguf.GGMLQuantizationType.Q4_0)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    found = compare(*paths, contents=True)
+    assert (found["metadata"]["changed"], found["tensors"]["changed"], found["differing"]) == ({}, {}, [])
+
+
 def test_a_model_does_not_differ_from_itself(model: Path, tmp_path: Path) -> None:
-    done = rewrite(model, tmp_path / "parts", max_tensors=2)
-    found = compare(model, done.files[0], contents=True)
+    parts = write_parts(tmp_path, 3)
+    found = compare(model, parts[0], contents=True)
     empty = {"added": {}, "removed": {}, "changed": {}}
     assert (found["metadata"], found["tensors"], found["differing"]) == (empty, empty, [])
     one, other = found["models"]
     assert one["bytes"] == model.stat().st_size
-    assert other["bytes"] == sum(done.sizes)
+    assert other["bytes"] == sum(part.stat().st_size for part in parts)
     weights = sum(torch.Size(shape).numel() for _, shape in SHAPES.values())
     nbytes = sum(tensor.nbytes for tensor in TENSORS.values())
     for each in (one, other):

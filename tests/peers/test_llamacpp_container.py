@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from quantize.formats.gguf.container import read_part
 from quantize.formats.gguf.edit import edit
 from quantize.formats.gguf.layout import Entry, layout
 from quantize.formats.gguf.metadata import LETTERS, Kind, Value, f32, flag, text, texts, u32
-from quantize.formats.gguf.rewrite import rewrite
+from quantize.formats.gguf.split import part_names, split_metadata
 from quantize.kernels.cpu.ggml import BLOCKS
 from quantize.schemes import DTYPES, GGMLBlock, Plain
 
@@ -107,9 +107,12 @@ def ctype(kind: Kind) -> Any:
     return others[kind] if kind in others else getattr(ctypes, f"c_{sign}int{kind.name[1:]}")
 
 
-def write(path: Path, metadata: Mapping[str, Value], all_dims: bool = False) -> Path:
+def write(
+    path: Path, metadata: Mapping[str, Value], all_dims: bool = False, names: Sequence[str] = tuple(SHAPES)
+) -> Path:
     entries = []
-    for name, (kind, shape) in SHAPES.items():
+    for name in names:
+        kind, shape = SHAPES[name]
         scheme = Plain(DTYPES[kind]) if BLOCKS[kind].weights == 1 else GGMLBlock(kind)
         entries.append(Entry(name, shape, scheme))
     place = layout(metadata, entries, all_dims=all_dims)
@@ -143,21 +146,20 @@ def test_layout(tmp_path: Path, alignment: int | None, all_dims: bool) -> None:
     assert list(read_part(path).tensors) == list(SHAPES)
 
 
-def test_edits_parts_and_merged_parts(tmp_path: Path) -> None:
+def test_edits(tmp_path: Path) -> None:
     path = write(tmp_path / "m.gguf", METADATA)
     metadata = dict(METADATA)
     for put in ({"f32": f32(2)}, {"nothing": text("x")}, {"long": text("y" * 5000)}, {"general.alignment": u32(128)}):
         edit(path, put)
         metadata |= put
         assert_agrees(path, metadata)
-    done = rewrite(path, tmp_path / "parts", max_tensors=9)
-    for number, file in enumerate(done.files):
-        keys = {"split.no": Value(Kind.U16, number), "split.count": Value(Kind.U16, len(done.files))}
-        keys["split.tensors.count"] = Value(Kind.I32, len(SHAPES))
-        assert_agrees(file, (metadata if number == 0 else {"general.alignment": u32(128)}) | keys)
-    merged = rewrite(done.files[0], tmp_path / "merged.gguf").files[0]
-    assert_agrees(merged, metadata)
-    assert merged.read_bytes() == path.read_bytes()
+
+
+def test_parts(tmp_path: Path) -> None:
+    groups = [list(SHAPES)[:9], list(SHAPES)[9:]]
+    keys = split_metadata(METADATA | {"general.alignment": u32(128)}, [len(group) for group in groups])
+    for name, metadata, group in zip(part_names("parts", 2), keys, groups, strict=True):
+        assert_agrees(write(tmp_path / name, metadata, names=group), metadata)
 
 
 def test_the_reader_refuses_what_we_refuse(tmp_path: Path) -> None:
