@@ -7,7 +7,7 @@ A scheme is a frozen value with no names and no I/O. `str(scheme)` is its spelli
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from quantize.errors import UsageError
-from quantize.kernels import affine
+from quantize.kernels import affine, affine_search
 from quantize.kernels.cpu import ggml
+from quantize.kernels.levels import Levels
 
 Shape = tuple[int, ...]
 
@@ -49,6 +50,27 @@ class Scheme(Protocol):
 
     def decode(self, coded: QuantizedTensor) -> Tensor:
         """Returns the float32 values of `coded`, which must be of this scheme."""
+
+
+@runtime_checkable
+class Levelled(Scheme, Protocol):
+    """A grid whose every weight is `scale * point + offset`: what error feedback can round to, column by column."""
+
+    def fit(self, weight: Tensor, importance: Tensor | None = None) -> Levels:
+        """Returns grids fitted to one block of columns.
+
+        Args:
+            weight: float32 `[rows, block]`.
+            importance: Cost of a squared error of each column, float32 `[block]`; None for equal costs.
+        """
+
+    def assemble(self, codes: Tensor, levels: Sequence[Levels]) -> QuantizedTensor:
+        """Returns the coded tensor.
+
+        Args:
+            codes: uint8 `[rows, cols]`, indices into the points.
+            levels: The grids of each block of columns, in order.
+        """
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -212,6 +234,19 @@ class AffineInt:
             "zeros": zeros.to(torch.uint8),
         }
         return QuantizedTensor(self, tuple(weight.shape), arrays)
+
+    def fit(self, weight: Tensor, importance: Tensor | None = None) -> Levels:
+        """Returns the grids of one group of columns `[rows, group]`: clipped where that lowers the weighted error."""
+        weights = torch.ones_like(weight[0]) if importance is None else importance
+        scales, zeros = affine_search.search(weight, weights, self.bits, self.symmetric)
+        points = torch.arange(2**self.bits, dtype=torch.float32, device=weight.device)
+        state = {"scales": scales.to(torch.float16), "zeros": zeros.to(torch.uint8)}
+        return Levels(scales, -zeros * scales, points, state)
+
+    def assemble(self, codes: Tensor, levels: Sequence[Levels]) -> QuantizedTensor:
+        """Returns the codes with the scales and zeros of their groups."""
+        arrays = {key: torch.cat([each.state[key] for each in levels], 1) for key in ("scales", "zeros")}
+        return QuantizedTensor(self, tuple(codes.shape), {"codes": codes, **arrays})
 
     def decode(self, coded: QuantizedTensor) -> Tensor:
         """Returns `(codes - zeros) * scales`, float32 `[rows, cols]`."""
