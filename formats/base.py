@@ -75,6 +75,38 @@ class Checkpoint(Protocol):
         """Returns rows of a tensor on its own grid, or None when it is plain."""
 
 
+class CheckpointView:
+    """What a checkpoint seen through a map has as it is in the base; the tensors are the subclass's."""
+
+    def __init__(self, base: Checkpoint) -> None:
+        self._base = base
+
+    @property
+    def path(self) -> Path:
+        """Where the base lies."""
+        return self._base.path
+
+    @property
+    def format(self) -> str:
+        """The base's format."""
+        return self._base.format
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The base's config."""
+        return self._base.config
+
+    @property
+    def quantization(self) -> dict[str, Any]:
+        """The base's quantization block."""
+        return self._base.quantization
+
+    @property
+    def side_files(self) -> Mapping[str, Path]:
+        """The base's side files."""
+        return self._base.side_files
+
+
 class NamedView(Checkpoint, Protocol):
     """A model under the names of a format that has its own, as `Format.view` of such a format gives it."""
 

@@ -8,13 +8,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from quantize.errors import InputError
-from quantize.formats.base import Checkpoint, TensorInfo
+from quantize.formats.base import Checkpoint, CheckpointView, TensorInfo
 from quantize.formats.container import Extent, read_header, read_rows
 from quantize.formats.folder import read_json
 from quantize.schemes import Plain, QuantizedTensor, Shape
@@ -100,11 +99,11 @@ class Adapter:
         return value.float() + self.scale * delta
 
 
-class MergedCheckpoint:
+class MergedCheckpoint(CheckpointView):
     """A checkpoint with adapters added to its tensors as they are read."""
 
     def __init__(self, base: Checkpoint, adapters: list[Adapter]) -> None:
-        self._base = base
+        super().__init__(base)
         self._adapters = adapters
         for adapter in adapters:
             for name in (*adapter.pairs, *adapter.replaced):
@@ -119,31 +118,6 @@ class MergedCheckpoint:
                         f"{adapter.path}: '{name}' is for shape {list(wanted)}, in {base.path} it is {list(found)}",
                         "is it an adapter of this model?",
                     )
-
-    @property
-    def path(self) -> Path:
-        """Where the base lies."""
-        return self._base.path
-
-    @property
-    def format(self) -> str:
-        """The base's format."""
-        return self._base.format
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The base's config."""
-        return self._base.config
-
-    @property
-    def quantization(self) -> dict[str, Any]:
-        """The base's quantization block."""
-        return self._base.quantization
-
-    @property
-    def side_files(self) -> Mapping[str, Path]:
-        """The base's side files."""
-        return self._base.side_files
 
     @property
     def dropped(self) -> Mapping[str, str]:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from quantize.formats.base import TensorInfo
+from quantize.formats.base import CheckpointView, TensorInfo
 from quantize.formats.gguf.checkpoint import GGUFCheckpoint
 from quantize.formats.gguf.header import read_values
 from quantize.formats.gguf.metadata import Value
@@ -16,32 +15,16 @@ from quantize.formats.gguf.split import SPLIT_KEYS
 from quantize.schemes import Plain, QuantizedTensor
 
 
-class StoredView:
+class StoredView(CheckpointView):
     """What a GGUF file holds, as it holds it."""
 
-    format = "gguf"
     dropped: Mapping[str, str] = {}
 
     def __init__(self, checkpoint: GGUFCheckpoint) -> None:
+        super().__init__(checkpoint)
         self._checkpoint = checkpoint
         self._stored = checkpoint.stored
-        self.path: Path = checkpoint.path
         self.tensors = {n: TensorInfo(n, s.shape, s.scheme, s.extent.nbytes) for n, s in self._stored.items()}
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The model's transformers config."""
-        return self._checkpoint.config
-
-    @property
-    def quantization(self) -> dict[str, Any]:
-        """What its header says of quantization."""
-        return self._checkpoint.quantization
-
-    @property
-    def side_files(self) -> Mapping[str, Path]:
-        """Its tokenizer as Hugging Face files."""
-        return self._checkpoint.side_files
 
     def metadata(self) -> dict[str, Value]:
         """Returns its metadata without what splitting put there."""

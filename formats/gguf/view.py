@@ -7,12 +7,11 @@ import re
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from quantize.errors import InputError
-from quantize.formats.base import Checkpoint, TensorInfo
+from quantize.formats.base import Checkpoint, CheckpointView, TensorInfo
 from quantize.formats.gguf import architectures
 from quantize.formats.gguf.architectures.assemble import count_extra, forms_of, forward, places, source_names
 from quantize.formats.gguf.architectures.base import HEAD
@@ -40,7 +39,7 @@ _FLOAT = re.compile(
 )
 
 
-class GGUFView:
+class GGUFView(CheckpointView):
     """A checkpoint as a GGUF file holds it.
 
     Args:
@@ -54,7 +53,8 @@ class GGUFView:
     """
 
     def __init__(self, checkpoint: Checkpoint, arch: str | None = None, assume_tied: bool = False) -> None:
-        self._base, self._assume_tied = checkpoint, assume_tied
+        super().__init__(checkpoint)
+        self._assume_tied = assume_tied
         self.architecture = architectures.of_config(checkpoint.config, checkpoint.path, arch)
         self.dropped: dict[str, str] = dict(checkpoint.dropped)
         settings = Settings(checkpoint.config, checkpoint.path)
@@ -168,31 +168,6 @@ class GGUFView:
         """Returns the tensors with what comes after the blocks at the end."""
         last = [name for name in tensors if name.startswith("output")]
         return {name: tensors[name] for name in (*(n for n in tensors if n not in last), *last)}
-
-    @property
-    def path(self) -> Path:
-        """Where the source lies."""
-        return self._base.path
-
-    @property
-    def format(self) -> str:
-        """The source's format."""
-        return self._base.format
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The source's config."""
-        return self._base.config
-
-    @property
-    def quantization(self) -> dict[str, Any]:
-        """The source's quantization block."""
-        return self._base.quantization
-
-    @property
-    def side_files(self) -> Mapping[str, Path]:
-        """The source's side files."""
-        return self._base.side_files
 
     @property
     def notices(self) -> list[str]:
