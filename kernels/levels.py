@@ -1,15 +1,32 @@
 """GGML blocks as an error-feedback solver sees them: every weight is `scale * point + offset`.
 
 The functions are torch, run where their arguments are, and never change them. A row has `subs` sub-blocks, each with
-one scale and one offset, and `supers` blocks of the file; all tensors keep those of a row side by side.
+one scale and one offset, and `supers` blocks of the file; all tensors keep those of a row side by side. Fields by type:
+
+    q4_0 q5_0 q8_0 iq4_nl    d                  scale = d
+    q4_1 q5_1                d, m               scale = d, offset = m
+    q3_k q6_k iq4_xs         d, codes           scale = d * codes
+    q2_k q4_k q5_k           d, codes, dmin, mins    and offset = -dmin * mins
+    mxfp4 nvfp4              codes              scale is a small float of its own
+
+`d`, `m` and `dmin` are float32 with values of float16, `codes` and `mins` int32 within the bits that the file has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 
+import torch
 from torch import Tensor
+
+from quantize.kernels import levelbytes
+from quantize.kernels.cpu.ggml import BLOCKS
+
+_IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+_FP4 = (-12, -8, -6, -4, -3, -2, -1, 0, 0, 1, 2, 3, 4, 6, 8, 12)
+_LARGEST_HALF = 65504.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,3 +44,243 @@ class Levels:
     offset: Tensor
     points: Tensor
     state: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """What is the same for all blocks of a type.
+
+    Attributes:
+        sub: Weights that share a scale.
+        points: Values of the codes, never decreasing.
+        codes: Least and greatest `codes`, for types that have them.
+        mins: Whether there are `dmin` and `mins`; these run from 0 to the greatest of `codes`.
+    """
+
+    sub: int
+    points: tuple[int, ...]
+    codes: tuple[int, int] | None = None
+    mins: bool = False
+
+
+GRIDS: dict[str, Grid] = {
+    "q4_0": Grid(32, tuple(range(-8, 8))),
+    "q4_1": Grid(32, tuple(range(16))),
+    "q5_0": Grid(32, tuple(range(-16, 16))),
+    "q5_1": Grid(32, tuple(range(32))),
+    "q8_0": Grid(32, tuple(range(-128, 128))),
+    "q2_k": Grid(16, tuple(range(4)), (0, 15), mins=True),
+    "q3_k": Grid(16, tuple(range(-4, 4)), (-32, 31)),
+    "q4_k": Grid(32, tuple(range(16)), (0, 63), mins=True),
+    "q5_k": Grid(32, tuple(range(32)), (0, 63), mins=True),
+    "q6_k": Grid(16, tuple(range(-32, 32)), (-128, 127)),
+    "iq4_nl": Grid(32, _IQ4),
+    "iq4_xs": Grid(32, _IQ4, (-32, 31)),
+    "mxfp4": Grid(32, _FP4, (0, 254)),
+    "nvfp4": Grid(16, _FP4, (0, 126)),
+}
+
+
+def split(name: str, blocks: Tensor) -> Levels:
+    """Returns the grids of blocks.
+
+    Args:
+        name: A type of `GRIDS`.
+        blocks: uint8 `[rows, n * bytes]`.
+
+    Raises:
+        KeyError: weights of this type are no levels of a scale.
+    """
+    fields = levelbytes.READERS[name](_apart(name, blocks))
+    return _levels(name, {key: value.flatten(1) for key, value in fields.items() if key != "levels"})
+
+
+def codes(name: str, blocks: Tensor) -> Tensor:
+    """Returns the index into `points` of each weight, uint8 `[rows, cols]`; `blocks` as in `split`."""
+    fields = levelbytes.READERS[name](_apart(name, blocks))
+    return fields["levels"].flatten(1)
+
+
+def join(name: str, levels: Levels, codes: Tensor) -> Tensor:
+    """Returns the blocks of weights `codes`, an index into `levels.points` each: the inverse of `split` and `codes`.
+
+    Args:
+        name: A type of `GRIDS`.
+        levels: Grids of whole blocks.
+        codes: uint8 `[rows, cols]`.
+
+    Returns:
+        uint8 `[rows, n * bytes]`.
+    """
+    rows, block = len(codes), BLOCKS[name]
+    count = codes.shape[1] // block.weights
+    fields = {key: value.reshape(rows, count, -1) for key, value in levels.state.items()}
+    fields["levels"] = codes.reshape(rows, count, block.weights)
+    return levelbytes.WRITERS[name](fields).flatten(1)
+
+
+def values(name: str, levels: Levels, codes: Tensor) -> Tensor:
+    """Returns the float32 weights `[rows, cols]` of `codes`, rounded as the decoder rounds."""
+    points = levels.points[codes.int()].unflatten(1, (-1, GRIDS[name].sub))
+    return (levels.scale.unsqueeze(-1) * points + levels.offset.unsqueeze(-1)).flatten(1)
+
+
+def nearest(name: str, levels: Levels, weight: Tensor) -> Tensor:
+    """Returns the code of the point nearest to each float32 weight `[rows, cols]`, uint8; any code for a scale 0."""
+    grid = GRIDS[name]
+    inverse = torch.where(levels.scale == 0, 0, 1 / levels.scale).unsqueeze(-1)
+    wanted = ((weight.unflatten(1, (-1, grid.sub)) - levels.offset.unsqueeze(-1)) * inverse).flatten(1)
+    if _even(grid.points):
+        return wanted.sub_(grid.points[0]).round_().clamp_(0, len(grid.points) - 1).to(torch.uint8)
+    middles = (levels.points[1:] + levels.points[:-1]) / 2
+    return torch.bucketize(wanted, middles).to(torch.uint8)
+
+
+def snap(name: str, levels: Levels, scale: Tensor, offset: Tensor) -> Levels:
+    """Returns the storable grids nearest to what is wanted, `d` and `dmin` of a super-block as they are.
+
+    Args:
+        name: A type of `GRIDS`.
+        levels: Grids, of which `d` and `dmin` are kept where sub-blocks have codes.
+        scale: Wanted scales, float32 `[rows, subs]`; no number (NaN) keeps the old one.
+        offset: Wanted offsets, likewise; of no effect for types without.
+    """
+    scale = torch.where(scale.isfinite(), scale, levels.scale)
+    offset = torch.where(offset.isfinite(), offset, levels.offset)
+    grid, state = GRIDS[name], dict(levels.state)
+    if name in _FLOATS:
+        state["codes"] = _nearest_float(name, scale)
+    elif grid.codes:
+        state["codes"] = _multiple(scale, _spread(state["d"], scale), state["codes"], *grid.codes)
+    else:
+        state["d"] = half(scale)
+    if grid.mins:
+        state["mins"] = _multiple(-offset, _spread(state["dmin"], offset), state["mins"], 0, grid.codes[1])
+    elif "m" in state:
+        state["m"] = half(offset)
+    return _levels(name, state)
+
+
+def with_supers(name: str, levels: Levels, d: Tensor, dmin: Tensor | None = None) -> Levels:
+    """Returns grids with the same `codes` and `mins` under other super-scales, rounded to float16.
+
+    Args:
+        name: A type of `GRIDS` that has `d` and `codes`.
+        levels: Grids.
+        d: float32 `[rows, supers]`.
+        dmin: Likewise, for types that have it; None keeps it.
+    """
+    state = {**levels.state, "d": half(d)}
+    if dmin is not None:
+        state["dmin"] = half(dmin)
+    return _levels(name, state)
+
+
+def resuper(name: str, levels: Levels, scale: Tensor, offset: Tensor, weight: Tensor | None = None) -> Levels:
+    """Returns grids whose `d` and `dmin` fit wanted scales and offsets best, `codes` and `mins` as they are.
+
+    Args:
+        name: A type of `GRIDS`; those without super-scales come back as they are.
+        levels: Grids.
+        scale: Wanted scales, float32 `[rows, subs]`.
+        offset: Wanted offsets, float32 `[rows, subs]`.
+        weight: How much a sub-block counts in the least squares, float32 `[rows, subs]`; alike when None.
+    """
+    if "d" not in levels.state or "codes" not in levels.state:
+        return levels
+    weight = torch.ones_like(scale) if weight is None else weight
+    d = _fit(levels.state["d"], levels.state["codes"], scale, weight)
+    dmin = _fit(levels.state["dmin"], levels.state["mins"], -offset, weight) if GRIDS[name].mins else None
+    return with_supers(name, levels, d, dmin)
+
+
+def pick(name: str, keep: Tensor, levels: Levels, other: Levels) -> Levels:
+    """Returns the grids of `levels` in the rows where bool `keep` `[rows]` holds, else those of `other`."""
+    there = keep.unsqueeze(1)
+    return _levels(name, {key: torch.where(there, value, other.state[key]) for key, value in levels.state.items()})
+
+
+def concatenate(name: str, parts: Sequence[Levels]) -> Levels:
+    """Returns the grids of neighbouring columns as those of one matrix; at least one part."""
+    return _levels(name, {key: torch.cat([part.state[key] for part in parts], 1) for key in parts[0].state})
+
+
+def take(levels: Levels, rows: Tensor | slice) -> Levels:
+    """Returns the grids of some rows."""
+    state = {key: value[rows] for key, value in levels.state.items()}
+    return replace(levels, scale=levels.scale[rows], offset=levels.offset[rows], state=state)
+
+
+def half(value: Tensor) -> Tensor:
+    """Returns the float16 nearest to each value, as float32; what is beyond becomes the largest, NaN becomes 0."""
+    return value.nan_to_num(0.0).clamp(-_LARGEST_HALF, _LARGEST_HALF).half().float()
+
+
+def _apart(name: str, blocks: Tensor) -> Tensor:
+    return blocks.unflatten(1, (-1, BLOCKS[name].nbytes))
+
+
+def _levels(name: str, state: Mapping[str, Tensor]) -> Levels:
+    """Returns grids of fields `[rows, subs or supers]`; products are rounded once, as in a decoder."""
+    grid = GRIDS[name]
+    if name in _FLOATS:
+        scale = _floats(name, state["codes"].device)[state["codes"]]
+    elif grid.codes:
+        scale = _spread(state["d"], state["codes"]) * state["codes"]
+    else:
+        scale = state["d"]
+    if grid.mins:
+        offset = -(_spread(state["dmin"], state["mins"]) * state["mins"])
+    else:
+        offset = state.get("m", torch.zeros_like(scale))
+    return Levels(scale, offset, _points(name, scale.device), state)
+
+
+@cache
+def _points(name: str, device: torch.device) -> Tensor:
+    return torch.tensor(GRIDS[name].points, dtype=torch.float32, device=device)
+
+
+def _even(points: tuple[int, ...]) -> bool:
+    return points[-1] - points[0] == len(points) - 1 and len(set(points)) == len(points)
+
+
+def _spread(supers: Tensor, subs: Tensor) -> Tensor:
+    """Returns a value of each super-block for each of its sub-blocks."""
+    return supers.repeat_interleave(subs.shape[1] // supers.shape[1], 1)
+
+
+def _multiple(wanted: Tensor, step: Tensor, old: Tensor, low: int, high: int) -> Tensor:
+    """Returns the whole multiple of `step` nearest to `wanted` within `low .. high`; `old` where the step is 0."""
+    return torch.where(step == 0, old, (wanted / step).nan_to_num(0.0).round().clamp(low, high).int())
+
+
+def _fit(old: Tensor, multiples: Tensor, wanted: Tensor, weight: Tensor) -> Tensor:
+    """Returns the steps `[rows, supers]` whose `multiples` come closest to `wanted`; `old` where all of them are 0."""
+    shape = (-1, multiples.shape[1] // old.shape[1])
+    top = (weight * multiples * wanted).unflatten(1, shape).sum(-1)
+    bottom = (weight * multiples * multiples).unflatten(1, shape).sum(-1)
+    return torch.where(bottom > 0, top / bottom, old)
+
+
+_FLOATS = ("mxfp4", "nvfp4")
+
+
+@cache
+def _floats(name: str, device: torch.device) -> Tensor:
+    """Returns the scale that each scale code stands for, float32 `[256]` or `[128]`; halves, as points are doubles."""
+    if name == "mxfp4":
+        scales = torch.pow(2.0, torch.arange(256, dtype=torch.float64) - 128)
+    else:
+        code = torch.arange(256, dtype=torch.float64)
+        exponent, mantissa = (code // 8) % 16, code % 8
+        normal = (1 + mantissa / 8) * torch.pow(2.0, exponent - 8)
+        scales = torch.where(exponent == 0, mantissa * 2.0**-10, normal)
+        scales[0x7F] = 0
+    return scales.float().to(device)
+
+
+def _nearest_float(name: str, scale: Tensor) -> Tensor:
+    low, high = GRIDS[name].codes or (0, 0)
+    table = _floats(name, scale.device)[low : high + 1]
+    return torch.bucketize(scale, (table[1:] + table[:-1]) / 2).int() + low
