@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from quantize.errors import UsageError
-from quantize.kernels import affine, affine_search
+from quantize.kernels import affine, affine_search, levels
 from quantize.kernels.cpu import ggml
 from quantize.kernels.levels import Levels
 
@@ -318,6 +318,28 @@ class GGMLBlock:
         blocks = coded.arrays["blocks"]
         values = ggml.decode(self.type, blocks.reshape(-1, blocks.shape[-1]).numpy())
         return torch.from_numpy(values).reshape(coded.shape)
+
+    def fit(self, weight: Tensor, importance: Tensor | None = None) -> Levels:
+        """Returns the grids that `encode` chooses for some columns, one block or more.
+
+        Args:
+            weight: float32 `[rows, n * block]` in the processor's memory.
+            importance: Of these columns, float32 `[n * block]`.
+
+        Raises:
+            KeyError: the type has no levels, but a codebook.
+        """
+        return levels.split(self.type, self.encode(weight, importance).arrays["blocks"])
+
+    def assemble(self, codes: Tensor, parts: Sequence[Levels]) -> QuantizedTensor:
+        """Returns the coded tensor of chosen levels.
+
+        Args:
+            codes: Index into the points of each weight, uint8 `[rows, cols]`.
+            parts: The grids of its columns, each part a whole number of blocks, in order.
+        """
+        blocks = levels.join(self.type, levels.concatenate(self.type, parts), codes)
+        return QuantizedTensor(self, tuple(codes.shape), {"blocks": blocks})
 
 
 def _affine(match: re.Match[str]) -> Scheme:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from quantize.kernels import levels
 from quantize.kernels.cpu import ggml
+from quantize.schemes import GGMLBlock
 
 TYPES = sorted(levels.GRIDS)
 SUPER = [name for name in TYPES if levels.GRIDS[name].codes and not name.endswith("fp4")]
@@ -136,3 +137,16 @@ def test_columns_and_rows_are_put_together_and_taken_apart(name: str) -> None:
     keep = torch.tensor([True, False] * 3)
     mixed = levels.pick(name, keep, direct, levels.snap(name, direct, direct.scale * 2, direct.offset))
     assert torch.equal(mixed.scale[::2], direct.scale[::2])
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_a_scheme_puts_blocks_together_as_its_encoder_does(name: str) -> None:
+    scheme = GGMLBlock(name)
+    weight, _ = encoded(name)
+    importance = torch.rand(weight.shape[1]) + 0.1
+    whole = scheme.encode(weight[:, :256], importance[:256]).arrays["blocks"]
+    grids = scheme.fit(weight[:, :256], importance[:256])
+    coded = scheme.assemble(levels.codes(name, whole), [grids])
+    assert torch.equal(coded.arrays["blocks"], whole)
+    twice = scheme.assemble(levels.codes(name, whole).repeat(1, 2), [grids, grids])
+    assert torch.equal(twice.dequantize(), coded.dequantize().repeat(1, 2))
