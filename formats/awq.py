@@ -19,6 +19,7 @@ from quantize.errors import InputError
 from quantize.formats.base import Checkpoint, Piece, TensorInfo
 from quantize.formats.container import Extent, read_rows
 from quantize.formats.folder import FolderCheckpoint, FolderFormat, is_folder, read_json, take_quantization
+from quantize.formats.fused import fused_tensors
 from quantize.schemes import AffineInt, Plain, QuantizedTensor, Scheme, Shape
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -205,11 +206,4 @@ class AWQFormat(FolderFormat):
 
     def bound_together(self, names: Sequence[str]) -> list[tuple[str, ...]]:
         """Returns vLLM's fused linears: q/k/v and gate/up of one parent must be all quantized or all not."""
-        present, groups = set(names), []
-        for leaves in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
-            for name in names:
-                if name.endswith(f".{leaves[0]}.weight"):
-                    stem = name.removesuffix(f"{leaves[0]}.weight")
-                    group = tuple(f"{stem}{leaf}.weight" for leaf in leaves)
-                    groups.append(tuple(member for member in group if member in present))
-        return [group for group in groups if len(group) > 1]
+        return fused_tensors(names)

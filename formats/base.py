@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -249,6 +249,12 @@ class Format(Protocol):
 
     def quantization_config(self, schemes: Mapping[str, Scheme]) -> dict[str, Any]:
         """Returns the `quantization_config` block for the linears in `schemes` (tensor name to scheme)."""
+
+    def settled(self, schemes: Mapping[str, Scheme]) -> Self:
+        """Returns the format as it writes a file of just these tensors (all of them, name to scheme)."""
+
+    def notices(self, schemes: Mapping[str, Scheme]) -> list[str]:
+        """Returns what engines cannot do with a file of these tensors (all of them), one line each."""
 
     def bound_together(self, names: Sequence[str]) -> list[tuple[str, ...]]:
         """Returns the groups of tensors that an engine fuses and that must therefore share one scheme."""

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -256,6 +256,14 @@ class FolderFormat:
     def stand_in(self, scheme: Scheme, shape: Shape) -> Scheme | None:
         """Returns None: what does not fit is kept."""
         return None
+
+    def settled(self, schemes: Mapping[str, Scheme]) -> Self:
+        """Returns itself: every file is written alike."""
+        return self
+
+    def notices(self, schemes: Mapping[str, Scheme]) -> list[str]:
+        """Returns nothing: engines read whatever it holds."""
+        return []
 
     def header(self, view: Checkpoint, options: Mapping[str, Any]) -> Header:
         """Returns what transformers asks of a header."""

@@ -65,6 +65,12 @@ def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     return (groups - zeros.float().unsqueeze(-1)).mul_(scales.float().unsqueeze(-1)).reshape(codes.shape)
 
 
+def dequantize_scattered(codes: Tensor, scales: Tensor, zeros: Tensor, groups: Tensor) -> Tensor:
+    """Returns `(codes - zeros) * scales` where `groups`, int64 `[rows, cols]`, names the group of each column."""
+    values = codes - zeros.float().gather(1, groups)
+    return values.mul_(scales.float().gather(1, groups))
+
+
 def round_trip(weight: Tensor, low: Tensor, high: Tensor, bits: int, symmetric: bool) -> Tensor:
     """Returns what `weight` reads back as after coding on grids that span `low` to `high`; float32, same shape."""
     scales, zeros = grid(low, high, bits, symmetric)

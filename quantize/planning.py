@@ -223,7 +223,9 @@ def make_plan(checkpoint: Checkpoint, anatomy: Anatomy, request: Request, out: P
     request, notices = _with_group(checkpoint, anatomy, request)
     entries = _entries(checkpoint, anatomy, request)
     _refuse(entries, request)
-    notices += _engine_notices(entries, request.format)
+    schemes = {entry.name: entry.scheme for entry in entries}
+    request = replace(request, format=request.format.settled(schemes))
+    notices += [*_engine_notices(entries, request.format), *request.format.notices(schemes)]
     files = _files(entries, request, out.name)
     free = shutil.disk_usage(_existing(out)).free
     plan = Plan(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from quantize.errors import InputError, UsageError, unknown_name
 from quantize.formats import Format
@@ -16,7 +16,9 @@ from quantize.settings import Settings
 
 # Methods and formats of the plan that do not stand yet: named so that the answer is not "unknown".
 _TO_COME = ("gptq", "awq+gptq", "exl2", "fp8")
-_FORMATS_TO_COME = ("gptq", "exl2", "mlx", "compressed-tensors")
+_FORMATS_TO_COME = ("exl2", "mlx", "compressed-tensors")
+# The formats that are asked first, of those that hold what a method makes; then those of the table in order.
+_FIRST_CHOICE = {"gptq": "gptq"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,12 @@ class Choice:
 
 
 def choose(
-    method: str | None, bits: int | None, group_size: int | None, symmetric: bool, target: str | None, type_: str | None
+    method: str | None,
+    bits: int | None,
+    group_size: int | None,
+    symmetric: bool | None,
+    target: str | None,
+    type_: str | None,
 ) -> Choice:
     """Returns what a command means.
 
@@ -57,19 +64,26 @@ def choose(
     if type_ is not None:
         if target not in (None, "gguf"):
             raise UsageError(f"--type {type_} is a GGUF type, not one of format {target}", "drop --format or --type")
-        if method not in (None, "rtn"):
-            raise InputError(f"--method {method} cannot choose points of GGUF types yet", "drop --method")
         mix = find_mix(type_)
-        return Choice("rtn", None, "gguf", f"-{mix.name}", mix)
+        method = method or "rtn"
+        if method not in methods and method not in _TO_COME:
+            raise unknown_name("method", method, methods)
+        scheme = parse_scheme(mix.base)
+        reason = methods[method].reject(scheme) if method in methods else "it does not stand yet"
+        if reason is not None:
+            raise InputError(f"--method {method} cannot choose points of {mix.name}: {reason}", "drop --method")
+        return Choice(method, None, "gguf", f"-{mix.name}", mix)
     if method not in methods:
         if method in _TO_COME:
             raise InputError(f"--method {method} does not stand yet", f"methods that do: {', '.join(methods)}")
         raise unknown_name("method", str(method), [*methods, *_TO_COME])
-    scheme = AffineInt(4 if bits is None else bits, 128 if group_size is None else group_size, symmetric)
+    scheme = AffineInt(4 if bits is None else bits, 128 if group_size is None else group_size)
     holders = [name for name, f in known.items() if f.reject(scheme) is None]
     if target is None and not holders:
         raise InputError(f"no format here holds {scheme} yet", "'quantize list' shows what goes together")
-    target = target or holders[0]
+    first = _FIRST_CHOICE.get(method)
+    target = target or (first if first in holders else holders[0])
+    scheme = replace(scheme, symmetric=_usually_symmetric(method, scheme, target) if symmetric is None else symmetric)
     reason = known[target].reject(scheme) if target in known else "it does not stand yet"
     if reason is not None:
         accept = f"formats that accept it: {', '.join(holders) or 'none yet'}"
@@ -77,6 +91,11 @@ def choose(
             f"format {target} cannot hold {scheme}: {reason}", "try --type Q4_K_M" if target == "gguf" else accept
         )
     return Choice(str(method), scheme, target, suffix(str(method), scheme, target))
+
+
+def _usually_symmetric(method: str, scheme: AffineInt, target: str) -> bool:
+    """Returns whether the grid is symmetric if nobody says: where most engines take no other."""
+    return target in ("gptq", "gptq_v2") and (method == "gptq" or scheme.bits == 8)
 
 
 # Options that say nothing unless a GGUF file is written.
@@ -106,6 +125,7 @@ def refuse_idle(settings: Settings, choice: Choice | None, target: Format) -> No
 # The names that people know, by method and format.
 _SUFFIXES: dict[tuple[str, str], Callable[[AffineInt], str]] = {
     ("awq", "awq"): lambda scheme: "-AWQ",
+    ("awq+gptq", "awq"): lambda scheme: "-AWQ-GPTQ",
 }
 
 
@@ -113,7 +133,7 @@ def suffix(method: str, scheme: Scheme, target: str) -> str:
     """Returns what is appended to the model's name, such as `-AWQ` or `-RTN-Int4`."""
     assert isinstance(scheme, AffineInt)
     build = _SUFFIXES.get((method, target))
-    return build(scheme) if build else f"-{method.upper()}-Int{scheme.bits}"
+    return build(scheme) if build else f"-{method.upper().replace('+', '-')}-Int{scheme.bits}"
 
 
 def written(target: Format) -> list[str]:

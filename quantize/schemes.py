@@ -168,7 +168,9 @@ class AffineInt:
 
     Arrays of a coded tensor of shape `[rows, cols]`, with `groups = cols // group`:
     `codes` uint8 `[rows, cols]` in `0 .. 2**bits - 1`; `scales` float16 `[rows, groups]`; `zeros` uint8
-    `[rows, groups]`, the true zero code (the middle code everywhere when symmetric).
+    `[rows, groups]`, the true zero code (the middle code everywhere when symmetric). In files of others the columns of
+    a group may lie apart, or the last group be shorter; then there is a fourth, `groups`: int64 `[rows, cols]`, the
+    group of each column, the same in every row (one row expanded).
 
     Attributes:
         bits: Code width, 2 to 8.
@@ -250,7 +252,11 @@ class AffineInt:
 
     def decode(self, coded: QuantizedTensor) -> Tensor:
         """Returns `(codes - zeros) * scales`, float32 `[rows, cols]`."""
-        return affine.dequantize(coded.arrays["codes"], coded.arrays["scales"], coded.arrays["zeros"])
+        codes, scales, zeros = (coded.arrays[key] for key in ("codes", "scales", "zeros"))
+        groups = coded.arrays.get("groups")
+        if groups is not None:
+            return affine.dequantize_scattered(codes, scales, zeros, groups)
+        return affine.dequantize(codes, scales, zeros)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ class Settings:
         method: Name of the method; None for a plain conversion.
         bits: Code width; None for the method's own.
         group_size: Inputs per scale; None for the format's own.
-        symmetric: Whether zero points are fixed to the middle.
+        symmetric: Whether zero points are fixed to the middle; None for the method's and format's own.
         type: llama.cpp's name of a type or mix; then the format is GGUF.
         imatrix: Importance of input columns: "auto" (gathered where the types need it or a text is named), "none", or a
             file of llama.cpp's, read if it exists and saved if it does not. None means auto.
@@ -55,7 +55,7 @@ class Settings:
     method: str | None = None
     bits: int | None = None
     group_size: int | None = None
-    symmetric: bool = False
+    symmetric: bool | None = None
     type: str | None = None
     imatrix: str | Path | None = None
     pure: bool = False

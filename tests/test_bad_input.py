@@ -452,9 +452,9 @@ def test_unknown_format_names_the_nearest(refused: Callable[..., str], tiny_llam
     ("words", "hint"),
     [
         (("--method", "rtn", "--format", "hf"), "awq"),
-        (("--method", "rtn", "--format", "gptq"), "awq"),
-        (("--method", "rtn", "--bits", "3", "--format", "awq"), "none yet"),
-        (("--method", "rtn", "--bits", "3"), "quantize list"),
+        (("--method", "rtn", "--format", "exl2"), "awq"),
+        (("--method", "rtn", "--bits", "3", "--format", "awq"), "gptq"),
+        (("--method", "rtn", "--bits", "5"), "quantize list"),
         (("--method", "exl2"), "awq"),
     ],
 )

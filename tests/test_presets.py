@@ -17,6 +17,13 @@ from quantize.schemes import AffineInt, parse_scheme
         (("awq", 4, 64, True, "awq", None), AffineInt(4, 64, symmetric=True), "awq", "-AWQ"),
         (("rtn", 4, None, False, None, None), AffineInt(4, 128), "awq", "-RTN-Int4"),
         (("rtn", None, -1, False, None, None), AffineInt(4, -1), "awq", "-RTN-Int4"),
+        (("awq", None, None, None, None, None), AffineInt(4, 128), "awq", "-AWQ"),
+        (("rtn", 2, 64, None, None, None), AffineInt(2, 64), "gptq", "-RTN-Int2"),
+        (("rtn", 3, None, None, None, None), AffineInt(3, 128), "gptq", "-RTN-Int3"),
+        (("rtn", 8, None, None, None, None), AffineInt(8, 128, symmetric=True), "gptq", "-RTN-Int8"),
+        (("rtn", 8, None, False, None, None), AffineInt(8, 128), "gptq", "-RTN-Int8"),
+        (("rtn", 4, 256, None, None, None), AffineInt(4, 256), "gptq", "-RTN-Int4"),
+        (("rtn", 4, None, None, "gptq_v2", None), AffineInt(4, 128), "gptq_v2", "-RTN-Int4"),
     ],
 )
 def test_choices(arguments: tuple[object, ...], scheme: AffineInt, target: str, suffix: str) -> None:
@@ -33,8 +40,8 @@ def test_choices(arguments: tuple[object, ...], scheme: AffineInt, target: str, 
         (("awq", 0, None, False, None, None), UsageError, "0 bits is no integer scheme"),
         (("awq", 16, None, False, None, None), UsageError, "16 bits is no integer scheme"),
         (("awq", 4, 0, False, None, None), UsageError, "group size 0 is too small"),
-        (("gptq", 4, None, False, None, None), InputError, "--method gptq does not stand yet"),
-        (("rtn", 8, None, False, None, None), InputError, "no format here holds int8-g128 yet"),
+        (("rtn", 5, None, False, None, None), InputError, "no format here holds int5-g128 yet"),
+        (("rtn", 4, 96, False, "gptq", None), InputError, "format gptq cannot hold int4-g96: GPTQ readers take"),
         (("rtn", 4, None, False, "exl2", None), InputError, "format exl2 cannot hold int4-g128"),
         (("rtn", 4, None, False, "hf", None), InputError, "format hf cannot hold int4-g128"),
         (("rtn", 4, 256, False, "awq", None), InputError, "group sizes 16, 32, 64, 128 and -1"),
@@ -53,7 +60,9 @@ def test_refusals(arguments: tuple[object, ...], kind: type[Exception], said: st
 
 def test_the_matrix_is_what_methods_and_formats_answer() -> None:
     rows = matrix()
-    assert {(row["method"], row["format"]) for row in rows} == {("rtn", "awq"), ("awq", "awq"), ("rtn", "gguf")}
+    found = {(row["method"], row["format"]) for row in rows}
+    assert {(method, target) for method in ("rtn", "awq") for target in ("awq", "gptq", "gptq_v2")} <= found
+    assert ("rtn", "gguf") in found
     for row in rows:
         schemes = row["schemes"]
         assert isinstance(schemes, list)
@@ -67,3 +76,16 @@ def test_what_formats_can_write() -> None:
     assert not any(name.startswith("int") for name in written(formats.FORMATS["gguf"]))
     assert written(formats.FORMATS["hf"]) == ["f32", "f16", "bf16"]
     assert "int4-g128" in written(formats.FORMATS["awq"])
+    expected = {f"int{bits}-g128{sym}" for bits in (2, 3, 4, 8) for sym in ("", "-sym")}
+    assert expected | {"f32", "f16", "bf16"} == set(written(formats.FORMATS["gptq"]))
+
+
+def test_gptq_is_symmetric_where_its_engines_want_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quantize.presets.method_table", lambda: {name: None for name in ("gptq", "awq+gptq")})
+    assert choose("gptq", None, None, None, None, None) == Choice("gptq", AffineInt(4, 128, True), "gptq", "-GPTQ-Int4")
+    assert choose("gptq", 3, 64, None, None, None) == Choice("gptq", AffineInt(3, 64, True), "gptq", "-GPTQ-Int3")
+    assert choose("gptq", 4, None, False, None, None).scheme == AffineInt(4, 128)
+    assert choose("gptq", 4, None, None, "awq", None).scheme == AffineInt(4, 128)
+    assert choose("awq+gptq", 4, None, None, None, None) == Choice("awq+gptq", AffineInt(4, 128), "awq", "-AWQ-GPTQ")
+    found = choose("awq+gptq", 3, None, None, None, None)
+    assert (found.format, found.suffix) == ("gptq", "-AWQ-GPTQ-Int3")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -77,6 +77,14 @@ class GGUFFormat:
     def stand_in(self, scheme: Scheme, shape: Shape) -> Scheme | None:
         """Returns llama.cpp's choice for a type whose block does not divide the width."""
         return parse_scheme(fit(str(scheme), shape[-1])) if shape and isinstance(scheme, GGMLBlock) else None
+
+    def settled(self, schemes: Mapping[str, Scheme]) -> Self:
+        """Returns itself: every file is written alike."""
+        return self
+
+    def notices(self, schemes: Mapping[str, Scheme]) -> list[str]:
+        """Returns nothing: engines read whatever it holds."""
+        return []
 
     def pieces(self, name: str, shape: Shape, scheme: Scheme) -> list[Piece]:
         """Returns the one array: blocks of uint8, or plain values."""

@@ -159,7 +159,12 @@ GRID = together(
     click.option(
         "--group-size", type=int, metavar="N", help="Inputs that share a scale; -1 for a whole row.  [default: 128]"
     ),
-    click.option("--sym", "symmetric", is_flag=True, help="Fix zero points to the middle."),
+    click.option(
+        "--sym/--no-sym",
+        "symmetric",
+        default=None,
+        help="Fix zero points to the middle, or not.  [default: where the format's engines take nothing else]",
+    ),
     click.option("--type", metavar="NAME", help="llama.cpp's name of a type or mix, such as Q4_K_M."),
     click.option("--format", metavar="NAME", help="Format of the output.  [default: the method's own]"),
 )
