@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,20 +17,22 @@ from torch import Tensor
 
 from quantize import formats, methods
 from quantize.anatomy import Anatomy, ModuleAnatomy, NamedAnatomy
+from quantize.blockwise import Blockwise
 from quantize.calib_data import CalibrationText
-from quantize.calibration import calibration_text, open_sweep
+from quantize.calibration import calibration_text
 from quantize.checkpoint import fingerprint, is_quantized, open_checkpoint
 from quantize.errors import InputError, QuantizeError, ResourceError, UsageError, resource_error
 from quantize.evaluation import DEFAULT_TEXT, evaluate_checkpoints, require_windows
-from quantize.formats.base import NamedView
+from quantize.formats.base import Checkpoint, NamedView
 from quantize.formats.folder import INDEX
 from quantize.formats.gguf.imatrix import read_imatrix, write_imatrix
 from quantize.gathering import gather_importance
 from quantize.kernels.cpu.ggml import Warming
-from quantize.methods.base import Block, Method, Result
+from quantize.methods.base import Method
 from quantize.mixing import Mixing, is_gguf, plain_mix
 from quantize.ollama import modelfile
 from quantize.parallel import Pool, default_threads, few_heaps, one_torch_thread
+from quantize.placing import OwnNames, SameNames
 from quantize.planning import SHARD_BYTES, Entry, Plan, Request, make_plan, require_space
 from quantize.presets import Choice, choose, refuse_idle
 from quantize.progress import Progress, silent
@@ -39,10 +41,7 @@ from quantize.report import Report, card, figures
 from quantize.schemes import GGMLBlock, Plain, Scheme, parse_scheme
 from quantize.settings import Settings
 from quantize.skeleton import Skeleton
-from quantize.statistics import Statistics
 from quantize.store import StatisticsFile
-from quantize.structure import Input
-from quantize.trace import Known, trace
 from quantize.version import VERSION
 from quantize.work import Work
 from quantize.writer import REPORT, OutputFolder, check_target, tidy
@@ -153,7 +152,12 @@ class Job:
     @property
     def _calibrates(self) -> bool:
         """Whether this run passes text through the model."""
-        return self.mix.gathers if self.mix is not None else self.method is not None and self.method.calibrates
+        return self._sweeps or (self.mix is not None and self.mix.gathers)
+
+    @property
+    def _sweeps(self) -> bool:
+        """Whether the method sees the model block by block."""
+        return self.method is not None and self.method.calibrates
 
     def _fill(
         self,
@@ -165,14 +169,16 @@ class Job:
         work = Work(self.plan, self.view, output, self.settings.allow_nan, self.progress)
         work.copy(self._touched())
         with Pool(self.threads) as pool:
+            if self._sweeps:
+                assert text is not None
+                self._wait_for_loops()
+                self._blockwise(work, text, statistics, identity["model"], pool)
             if self.mix is not None:
                 importance = self._importance(output, text)
                 self._wait_for_loops()
                 work.encode(pool, importance)
-            else:
-                for block, result in self._results(work, text, statistics, identity, pool):
-                    work.store(block, result)
-                    del block, result  # they would wait in memory while the next ones are made
+            elif self.method is not None and not self._sweeps:
+                self._nearest(work, pool)
         record = work.records()
         heard = text.notices if text is not None else ()
         learnt = self.mix.notes if self.mix is not None else ()
@@ -213,7 +219,7 @@ class Job:
     def _importance(self, output: OutputFolder, text: CalibrationText | None) -> Mapping[str, Tensor]:
         """Returns the importance of each tensor's input columns: read, or gathered once and kept for a next run."""
         assert self.mix is not None
-        if text is None:
+        if text is None or not self.mix.gathers:
             return self.mix.means
         kept = output.path / _GATHERED
         if kept.exists():
@@ -234,89 +240,53 @@ class Job:
                 write_imatrix(self.mix.save, matrix)
         return self.mix.accept(matrix, self.view)
 
-    def _results(
-        self,
-        work: Work,
-        text: CalibrationText | None,
-        statistics: StatisticsFile | None,
-        identity: Mapping[str, Any],
-        pool: Pool,
-    ) -> Iterator[tuple[Block, Result]]:
-        """Yields every block that is not on disk yet, with what the method made of it."""
-        if self.method is None:
-            return
-        if not self._calibrates:
-            todo = [e for e in self.plan.quantized if not work.written([e])]
-            for index, entry in enumerate(todo, 1):
-                yield self._made(work, entry.name, {entry.name: work.read(entry.name)}, (), {}, pool)
-                self.progress("quantizing", index, len(todo))
-            return
-        blocks = [path for path in self.skeleton.blocks if self._entries_of(path)]
-        if statistics is not None and statistics.exists:
-            for index, path in enumerate(blocks, 1):
-                if not work.written(self._entries_of(path)):
-                    weights = {n: work.read(n) for n in self.skeleton.stored_names(path)}
-                    yield self._made(work, path, weights, *statistics.read(path), pool)
-                    del weights
-                self.progress("quantizing", index, len(blocks))
-            return
-        assert text is not None
-        yield from self._swept(work, text, statistics, identity, pool, blocks)
-
-    def _made(
-        self,
-        work: Work,
-        name: str,
-        weights: Mapping[str, Tensor],
-        inputs: Sequence[Input],
-        statistics: Mapping[str, Statistics],
-        pool: Pool,
-    ) -> tuple[Block, Result]:
-        """Returns one block and what the method makes of it. Its callers keep no weights alive while they wait."""
+    def _nearest(self, work: Work, pool: Pool) -> None:
+        """Makes every tensor by a method that needs no text."""
         assert self.method is not None
-        block = replace(work.block(name, weights), inputs=inputs, statistics=statistics)
-        return block, self.method.quantize(block, pool)
+        todo = [e for e in self.plan.quantized if not work.written([e])]
+        for index, entry in enumerate(todo, 1):
+            block = work.block(entry.name, {entry.name: work.read(entry.name)})
+            work.store(block, self.method.quantize(block, pool))
+            del block  # its weights would wait in memory while the next ones are read
+            self.progress("quantizing", index, len(todo))
 
-    def _swept(
-        self,
-        work: Work,
-        text: CalibrationText,
-        statistics: StatisticsFile | None,
-        identity: Mapping[str, Any],
-        pool: Pool,
-        blocks: Sequence[str],
-    ) -> Iterator[tuple[Block, Result]]:
-        """Yields the blocks of a calibration sweep. Blocks on disk already are only passed through."""
-        todo = [path for path in blocks if not work.written(self._entries_of(path))]
-        if not todo and statistics is None:
-            return
-        with ExitStack() as stack:
-            sweep = stack.enter_context(
-                open_sweep(self.settings, self.skeleton, self.checkpoint, text, self.threads, work.output.path)
-            )
-            if statistics is not None:
-                matrices = (name for path in self.skeleton.blocks for name in self.skeleton.stored_names(path))
-                stack.enter_context(statistics.recording(identity["model"], text.sha256, matrices))
-            known: Known = {}
-            for stage in sweep.stages():
-                if stage.path in todo or (statistics is not None and stage.path in blocks):
-                    work.scan(stage.weights)
-                    structure = trace(stage, self.skeleton, known)
-                    values = stage.run(structure.sites)
-                    if statistics is not None:
-                        statistics.write(stage.path, structure.inputs, values)
-                    if stage.path in todo:
-                        yield self._made(work, stage.path, stage.weights, structure.inputs, values, pool)
-                        todo.remove(stage.path)
-                    del values
-                if stage.path in blocks:
-                    self.progress("quantizing", blocks.index(stage.path) + 1, len(blocks))
-                if not todo and statistics is None:
-                    return
-            if todo:
-                raise InputError(
-                    f"{self.checkpoint.path}: a forward pass never entered {todo[0]}", "quantize it with --method rtn"
-                )
+    def _blockwise(
+        self, work: Work, text: CalibrationText, statistics: StatisticsFile | None, model: str, pool: Pool
+    ) -> Collection[str]:
+        """Makes the tensors that a calibrating method makes, and returns their names."""
+        assert self.method is not None
+        placing: SameNames | OwnNames
+        if self.mix is None:
+            placing = SameNames(work, partial(self._reopened, work.output))
+        else:
+            placing = OwnNames(work, self.checkpoint, self._view_of, self.method, partial(self._reopened, work.output))
+        blockwise = Blockwise(
+            self.settings,
+            self.skeleton,
+            self.checkpoint,
+            self.method,
+            placing,
+            self.threads,
+            work.output.path,
+            self.progress,
+        )
+        blockwise.run(text, statistics, model, pool)
+        return placing.entries if isinstance(placing, OwnNames) else ()
+
+    def _reopened(self, output: OutputFolder) -> Checkpoint:
+        """Returns what is there of an unfinished output as a checkpoint."""
+        if not self.target.single_file:
+            output.write_side_files({}, {"config.json": self._config(), **self._index(output)})
+        return self.target.open(output.path)
+
+    def _view_of(self, checkpoint: Checkpoint) -> NamedView:
+        return cast(NamedView, self.target.view(checkpoint, self.settings.arch, self.settings.assume_tied))
+
+    def _entries_of(self, path: str) -> list[Entry]:
+        """Returns the entries of a block: nothing, if nothing of it is quantized."""
+        by_name = {entry.name: entry for entry in self.plan.entries}
+        entries = [by_name[name] for name in self.skeleton.stored_names(path)]
+        return entries if any(entry.quantized for entry in entries) else []
 
     def _touched(self) -> frozenset[str]:
         """Plain tensors that a calibrating method may change: those of the blocks that it works on."""
@@ -336,6 +306,18 @@ class Job:
                 written[f"{self._opened_by.name}.Modelfile"] = modelfile(self._opened_by.name, self.checkpoint)
             output.write_side_files({}, written)
             return
+        original = self.checkpoint.side_files.get("README.md")
+        text = original.read_text(encoding="utf-8", errors="replace") if original else None
+        written = {
+            "config.json": self._config(),
+            "README.md": card(report, text),
+            REPORT: report.to_json(),
+            **self._index(output),
+        }
+        output.write_side_files(self.checkpoint.side_files, written)
+
+    def _config(self) -> str:
+        """Returns the text of the output's config.json."""
         config = deepcopy(self.checkpoint.config)
         linears = {e.name: e.scheme for e in self.plan.entries if e.quantized or _maybe_linear(e)}
         block = self.target.quantization_config(linears) if self.plan.quantized else {}
@@ -348,17 +330,13 @@ class Job:
         if self.settings.dtype is not None or is_quantized(self.checkpoint):
             config.pop("torch_dtype", None)
             config["dtype"] = str(max(set(dtypes), key=dtypes.count)).removeprefix("torch.")
-        original = self.checkpoint.side_files.get("README.md")
-        text = original.read_text(encoding="utf-8", errors="replace") if original else None
-        written = {
-            "config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n",
-            "README.md": card(report, text),
-            REPORT: report.to_json(),
-        }
+        return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+
+    @staticmethod
+    def _index(output: OutputFolder) -> dict[str, str]:
+        """Returns the text of the shard index by its name; nothing where there is one file."""
         index = output.index()
-        if index is not None:
-            written[INDEX] = index
-        output.write_side_files(self.checkpoint.side_files, written)
+        return {} if index is None else {INDEX: index}
 
     @property
     def _opened_by(self) -> Path:
@@ -474,12 +452,6 @@ class Job:
             mix = self.choice.mix if self.choice is not None else None
             return f"{name}-{(mix or plain_mix(self.view, _dtype(self.settings.dtype))).name}.gguf"
         return name + (self.choice.suffix if self.choice else f"-{self.settings.format or 'hf'}")
-
-    def _entries_of(self, path: str) -> list[Entry]:
-        """Returns the entries that the method makes for a block: nothing, if nothing of it is quantized."""
-        by_name = {entry.name: entry for entry in self.plan.entries}
-        entries = [by_name[name] for name in self.skeleton.stored_names(path)]
-        return entries if any(entry.quantized for entry in entries) else []
 
     def _eval_source(self) -> str | None:
         wanted = self.settings.eval or ("default" if self._calibrates else "none")

@@ -17,12 +17,12 @@ import threading
 from collections import ChainMap, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from contextvars import copy_context
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Generic, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,59 @@ class Site(tuple[str, int]):
 
 class _Abandoned(BaseException):
     """Ends a batch's thread; a BaseException so that no model code swallows it."""
+
+
+class _SeenAll(BaseException):
+    """Ends a rehearsal: every site that it was for has been reached."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Watch(Generic[S]):
+    """What is gathered while batches pass through a block.
+
+    Attributes:
+        parameters: The block's parameters by name.
+        groups: The sites, each with the name under which its statistics are added up.
+        needs: What is gathered.
+        totals: By those names.
+        lead: Batches ahead of the first that counts.
+        rehearsal: Whether the batches go no further than the last of the sites, and then stand before the block again.
+    """
+
+    parameters: Mapping[str, Tensor]
+    groups: Mapping[Site, str]
+    needs: type[S]
+    totals: Mapping[str, Accumulator[S]]
+    lead: int
+    rehearsal: bool
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def watcher(self, index: int) -> _Watcher:
+        """Returns the mode that observes one batch."""
+        left = set(self.totals)
+
+        def observe(site: Site, inputs: Tensor) -> None:
+            if index < self.lead or site not in self.groups:
+                return
+            name = self.groups[site]
+            part = cast(S, self.needs.of(inputs))
+            with self.lock:
+                self.totals[name].add(index - self.lead, part)
+            left.discard(name)
+            if self.rehearsal and not left:
+                raise _SeenAll
+
+        return _Watcher(self.parameters, observe)
+
+    def finish(self, index: int) -> None:
+        """Says that a batch has passed."""
+        with self.lock:
+            for total in self.totals.values():
+                total.finish(index - self.lead)
+
+    def found(self) -> dict[str, S]:
+        """Returns the statistics by name; a name whose sites saw no token is missing."""
+        return {name: total.total for name, total in self.totals.items() if total.total is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,34 +294,39 @@ class Stage:
         Returns:
             The statistics by name; a name whose sites saw no token is missing.
         """
-        totals: dict[str, Accumulator[Any]] = {name: Accumulator() for name in (groups or {}).values()}
-        lock = threading.Lock()
-        first = 1 if self._sweep.has_probe else 0
-
-        def observe(batch: int, site: Site, inputs: Tensor) -> None:
-            if batch < 0 or groups is None or site not in groups:
-                return
-            part = needs.of(inputs)
-            with lock:
-                totals[groups[site]].add(batch, part)
-
-        def finished(batch: int) -> None:
-            with lock:
-                for total in totals.values():
-                    total.finish(batch)
-
-        self._sweep.observers[self.path] = (
-            (self._loaded, lambda batch: partial(observe, batch - first), lambda batch: finished(batch - first))
-            if totals
-            else None
-        )
+        watch = self._watch(groups or {}, needs, rehearsal=False)
         self.passed = True
+        try:
+            self._let_pass(watch)
+        finally:
+            self._empty()
+        return watch.found()
+
+    def rehearse(self, groups: Mapping[Site, str], needs: type[S]) -> dict[str, S]:
+        """Passes all batches through the block as it is loaded, only as far as the last of some sites, and back.
+
+        Args:
+            groups: The sites to watch, each with the name under which its statistics are added up.
+            needs: What is gathered there.
+
+        Returns:
+            The statistics by name; a name whose sites saw no token is missing.
+        """
+        watch = self._watch(groups, needs, rehearsal=True)
+        self._let_pass(watch)
+        return watch.found()
+
+    def _watch(self, groups: Mapping[Site, str], needs: type[S], rehearsal: bool) -> _Watch[S]:
+        totals: dict[str, Accumulator[S]] = {name: Accumulator() for name in groups.values()}
+        return _Watch(self._loaded, groups, needs, totals, 1 if self._sweep.has_probe else 0, rehearsal)
+
+    def _let_pass(self, watch: _Watch[Any]) -> None:
+        if watch.groups or watch.rehearsal:
+            self._sweep.watches[self.path] = watch
         try:
             self._sweep.release(self._batches)
         finally:
-            self._sweep.observers.pop(self.path, None)  # it holds the block's weights and statistics
-            self._empty()
-        return {name: total.total for name, total in totals.items() if total.total is not None}
+            self._sweep.watches.pop(self.path, None)  # it holds the block's weights and statistics
 
     def _owns(self, parameter: str) -> bool:
         return parameter.startswith(f"{self.path}.")
@@ -306,7 +364,7 @@ class Sweep:
         self.events: queue.SimpleQueue[_Batch] = queue.SimpleQueue()
         self.abandoned = False
         self.originals: dict[str, Callable[..., Any]] = {}
-        self.observers: dict[str, Any] = {}
+        self.watches: dict[str, _Watch[Any]] = {}
         self.paged: dict[int, tuple[str, Tensor]] = {}
         self._checkpoint = checkpoint
         self._threads = max(1, threads)
@@ -456,20 +514,31 @@ class Sweep:
         batch = threading.current_thread()
         assert isinstance(batch, _Batch)
         batch.call = (args, kwargs)
-        # the probe's are small, and `Stage.probe` reads them while the batch waits
-        with self._spill.parked(() if self.has_probe and batch.index == 0 else (args, kwargs)):
-            batch.stop_at(path)
+        lead = self.has_probe and batch.index == 0
+        while True:
+            # the probe's are small, and `Stage.probe` reads them while the batch waits
+            with self._spill.parked(() if lead else (args, kwargs)):
+                batch.stop_at(path)
+            watch = self.watches.get(path)
+            if watch is None or not watch.rehearsal:
+                break
+            if not lead:
+                self._rehearse(path, watch, batch)
         batch.call = ((), {})
-        watch = self.observers.get(path)
         forward = partial(self.originals[path], *args, **kwargs)
         if watch is None:
             result = self._compute(forward)
         else:
-            watched, observer, finished = watch
-            result = self._compute(forward, _Watcher(watched, observer(batch.index)))
-            finished(batch.index)
+            result = self._compute(forward, watch.watcher(batch.index))
+            watch.finish(batch.index)
         self._require_finite(path, next(tensors(result), None))
         return result
+
+    def _rehearse(self, path: str, watch: _Watch[Any], batch: _Batch) -> None:
+        args, kwargs = fresh(batch.call)
+        with suppress(_SeenAll):
+            self._compute(partial(self.originals[path], *args, **kwargs), watch.watcher(batch.index))
+        watch.finish(batch.index)
 
     def _compute(self, function: Callable[[], Any], *modes: AbstractContextManager[Any]) -> Any:
         """Returns `function()`, run on a worker with the context of this thread."""

@@ -215,7 +215,8 @@ class Work:
             if entry.quantized:
                 coded = result.coded[name]
                 self.output.put(self.plan.format.pack(name, coded))
-                errors[name] = _error(block, result, name, coded)
+                lost, whole = squared_error(block, result, name)
+                errors[name] = lost / max(whole, 1e-30)
             else:
                 value = result.changed.get(name, block.weights[name])
                 cast = self.cast(entry, value)
@@ -236,15 +237,15 @@ def _runs(entry: Entry, weights: int) -> list[tuple[int, int]]:
     return spans(length, max(1, weights // max(1, entry.count // max(1, length))))
 
 
-def _error(block: Block, result: Result, name: str, coded: QuantizedTensor) -> float:
-    """Returns |Q - W|^2 / |W|^2, W being what was rounded: the weight after folds."""
-    weight = result.targets.get(name, block.weights[name])
+def squared_error(block: Block, result: Result, name: str) -> tuple[float, float]:
+    """Returns |Q - W|^2 and |W|^2 of a tensor, W being what was rounded: the weight after folds."""
+    weight, coded = result.targets.get(name, block.weights[name]), result.coded[name]
     lost = whole = 0.0
     for start, stop in spans(len(weight), ROWS):
         part = weight[start:stop]
         lost += float((coded.rows(start, stop).dequantize() - part).square_().sum())
         whole += float(part.square().sum())
-    return lost / max(whole, 1e-30)
+    return lost, whole
 
 
 def count_zeroed(before: Tensor, after: Tensor) -> int:

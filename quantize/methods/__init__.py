@@ -6,12 +6,14 @@ from importlib.metadata import entry_points
 
 from quantize.errors import unknown_name
 from quantize.methods.awq import AWQ
-from quantize.methods.base import Block, Method, Result
+from quantize.methods.awq_gptq import AWQGPTQ
+from quantize.methods.base import Block, Method, Prepared, Result
+from quantize.methods.gptq import GPTQ
 from quantize.methods.rtn import RTN
 
-__all__ = ["METHODS", "Block", "Method", "Result", "named", "table"]
+__all__ = ["METHODS", "Block", "Method", "Prepared", "Result", "named", "table"]
 
-METHODS: dict[str, Method] = {method.name: method for method in (RTN(), AWQ())}
+METHODS: dict[str, Method] = {method.name: method for method in (RTN(), AWQ(), GPTQ(), AWQGPTQ())}
 
 
 def table() -> dict[str, Method]:

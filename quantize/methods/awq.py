@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from quantize.kernels import affine
-from quantize.methods.base import ROWS, Block, Result, encode
+from quantize.methods.base import ROWS, Block, Prepared, Result, encode
 from quantize.parallel import Pool, spans
 from quantize.schemes import AffineInt, QuantizedTensor, Scheme
 from quantize.statistics import Statistics
@@ -38,21 +38,20 @@ class AWQ:
     name = "awq"
     summary = "channel scales and clipping from activations, then round to nearest; minutes"
     calibrates = True
+    sequential = False
+    transforms = False
 
     def reject(self, scheme: Scheme) -> str | None:
         """Returns a reason for grids that are not affine integers: clipping moves their extremes."""
         return None if isinstance(scheme, AffineInt) else "awq clips affine integer grids only"
 
+    def prepare(self, block: Block, pool: Pool) -> Prepared | None:
+        """Returns None: all is done at once."""
+        return None
+
     def quantize(self, block: Block, pool: Pool) -> Result:
         """Returns the block scaled, clipped and rounded."""
-        scales: dict[str, Tensor] = {}
-        notes: list[str] = []
-        for group in grouped(block.inputs):
-            found = _search(group, block, pool)
-            if found.note:
-                notes.append(f"{block.name}: {found.note}")
-            if found.scale is not None:
-                scales |= {item.name: found.scale for item in group}
+        scales, notes = search_scales(block, pool)
         while True:
             coded, changed, worse = _round(block, scales, pool)
             if not worse:
@@ -66,6 +65,19 @@ class AWQ:
         plain = {name: value for name, value in changed.items() if name not in block.schemes}
         targets = {name: value for name, value in changed.items() if name in block.schemes}
         return Result(coded, plain, targets, tuple(notes))
+
+
+def search_scales(block: Block, pool: Pool) -> tuple[dict[str, Tensor], list[str]]:
+    """Returns the scales of a block's inputs, by input name one factor per producer row, and local fallbacks."""
+    scales: dict[str, Tensor] = {}
+    notes: list[str] = []
+    for group in grouped(block.inputs):
+        found = _search(group, block, pool)
+        if found.note:
+            notes.append(f"{block.name}: {found.note}")
+        if found.scale is not None:
+            scales |= {item.name: found.scale for item in group}
+    return scales, notes
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +178,7 @@ def _round(
             statistics = block.statistics.get(item.name)
             if statistics is None:
                 continue
-            columns = _columns(item, scales)
+            columns = columns_of(item, scales)
             hessian = statistics.hessian / torch.outer(columns, columns)
             for name in (n for n in item.consumers if n in block.schemes):
                 weight = changed.get(name, block.weights[name])
@@ -191,7 +203,7 @@ def _changers(group: Sequence[Input], block: Block, scales: Mapping[str, Tensor]
     return [item.name for item in group if item.name in scales] or [name for name in rest if name in scales]
 
 
-def _columns(item: Input, scales: Mapping[str, Tensor]) -> Tensor:
+def columns_of(item: Input, scales: Mapping[str, Tensor]) -> Tensor:
     """Returns the scale of each channel of an input."""
     if item.fold is None or item.name not in scales:
         return torch.ones(item.width)

@@ -56,6 +56,21 @@ class Result:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A block whose weights a method has changed so that they round better, with the same output.
+
+    Attributes:
+        changed: Stored tensors with new float32 values.
+        statistics: The block's statistics as the changed weights see their inputs.
+        notes: As in `Result`.
+    """
+
+    changed: Mapping[str, Tensor]
+    statistics: Mapping[str, Statistics]
+    notes: tuple[str, ...] = ()
+
+
 def encode(scheme: Scheme, weight: Tensor, pool: Pool) -> QuantizedTensor:
     """Returns `weight` rounded to nearest, a run of rows at a time on the pool; rows share no grid."""
     if weight.dim() != 2:
@@ -80,8 +95,19 @@ class Method(Protocol):
     def calibrates(self) -> bool:
         """Whether it needs `Statistics`."""
 
+    @property
+    def sequential(self) -> bool:
+        """Whether inputs are gathered from what is quantized already: earlier blocks, earlier linears of the block."""
+
     def reject(self, scheme: Scheme) -> str | None:
         """Returns why it cannot choose points of `scheme`, or None when it can."""
+
+    @property
+    def transforms(self) -> bool:
+        """Whether `prepare` changes weights."""
+
+    def prepare(self, block: Block, pool: Pool) -> Prepared | None:
+        """Returns what is done to a block's weights before any is rounded, or None for nothing."""
 
     def quantize(self, block: Block, pool: Pool) -> Result:
         """Returns the block's tensors on their grids; `block` is not changed."""

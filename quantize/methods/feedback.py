@@ -15,7 +15,7 @@ All of it is torch and runs where its arguments are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +28,8 @@ from quantize.schemes import Levelled, QuantizedTensor
 _RUN = 32
 # Rounds of larger damping before feedback is given up; each takes ten times the last.
 _ATTEMPTS = 5
+# Columns whose errors are handed on together where grids do not say so.
+_STEP = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,39 +94,46 @@ def blocks_by_need(need: Tensor, block: int) -> Tensor:
     return (inside + torch.arange(len(blocks), device=need.device)[:, None] * block)[outside].flatten()
 
 
-def feed_back(weight: Tensor, factor: Factor, scheme: Levelled, importance: Tensor | None) -> QuantizedTensor:
+def feed_back(weight: Tensor, factor: Factor, scheme: Levelled, *, fit_first: bool = False) -> QuantizedTensor:
     """Returns rows rounded with error feedback.
 
     Args:
         weight: float32 `[rows, K]`; not changed.
-        factor: Of the rows' Hessian; its order keeps the scheme's blocks whole.
+        factor: Of the rows' Hessian.
         scheme: The grid.
-        importance: What fits are weighed by, float32 `[K]` in the weight's column order; None for the feedback's own
-            costs.
+        fit_first: Whether all grids are fitted to the weights before anything is rounded, so that columns may come in
+            any order. Else each block's are fitted to its targets when its turn comes, and the order keeps the
+            scheme's blocks whole.
     """
     rows, width = weight.shape
     block = width if scheme.block == -1 else scheme.block
-    own = torch.empty_like(factor.cost)
-    own[factor.order] = factor.cost
-    importance = own if importance is None else importance
+    # an error in a column costs what later columns cannot make up for: that weighs fits, not the mean square
+    importance = torch.empty_like(factor.cost)
+    importance[factor.order] = factor.cost
     columns = weight.T[factor.order].contiguous()
     errors = torch.empty_like(columns)
     codes = torch.empty(rows, width, dtype=torch.uint8, device=weight.device)
-    fitted: list[Levels | None] = [None] * (width // block)
-    for start in range(0, width, block):
-        stop = start + block
+
+    def fit(first: int, natural: Tensor) -> Levels:
+        return scheme.fit(natural.contiguous(), importance[first : first + block])
+
+    fitted = {
+        first: fit(first, weight[:, first : first + block]) for first in range(0, width if fit_first else 0, block)
+    }
+    step = min(block, _STEP) if fit_first else block
+    for start in range(0, width, step):
+        stop = min(start + step, width)
         here = factor.order[start:stop]
-        first = int(here.min())
         target = columns[start:stop] - factor.feed[:start, start:stop].T @ errors[:start]
-        natural = torch.empty_like(target)
-        natural[here - first] = target
-        levels = scheme.fit(natural.T.contiguous(), importance[first : first + block])
-        fitted[first // block] = levels
-        sub = (here - first) // (block // levels.scale.shape[1])
-        grid = _Grid(levels.scale.T[sub].contiguous(), levels.offset.T[sub].contiguous(), levels.points)
+        if not fit_first:
+            first = int(here.min())
+            natural = torch.empty_like(target)
+            natural[here - first] = target
+            fitted[first] = fit(first, natural.T)
+        grid = _grid(fitted, here, block)
         found = _round_block(target, columns[start:stop], errors[start:stop], factor.feed[start:stop, start:stop], grid)
         codes[:, here] = found.T
-    return scheme.assemble(codes, [levels for levels in fitted if levels is not None])
+    return scheme.assemble(codes, [fitted[first] for first in sorted(fitted)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +143,20 @@ class _Grid:
     scale: Tensor
     offset: Tensor
     points: Tensor
+
+
+def _grid(fitted: Mapping[int, Levels], columns: Tensor, block: int) -> _Grid:
+    """Returns the grids of some columns, from those of the blocks by first column."""
+    points = next(iter(fitted.values())).points
+    rows = len(next(iter(fitted.values())).scale)
+    grid = _Grid(*(torch.empty(len(columns), rows, device=columns.device) for _ in range(2)), points)
+    firsts = columns // block * block
+    for first in firsts.unique().tolist():
+        levels, mine = fitted[first], firsts == first
+        sub = (columns[mine] - first) // (block // levels.scale.shape[1])
+        grid.scale[mine] = levels.scale.T[sub]
+        grid.offset[mine] = levels.offset.T[sub]
+    return grid
 
 
 def _round_block(target: Tensor, weight: Tensor, errors: Tensor, feed: Tensor, grid: _Grid) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quantize.methods.base import Block, Result, encode
+from quantize.methods.base import Block, Prepared, Result, encode
 from quantize.parallel import Pool
 from quantize.schemes import Scheme
 
@@ -13,9 +13,15 @@ class RTN:
     name = "rtn"
     summary = "round to nearest; needs no data, takes seconds"
     calibrates = False
+    sequential = False
+    transforms = False
 
     def reject(self, scheme: Scheme) -> str | None:
         """Returns None: every grid can round to nearest."""
+        return None
+
+    def prepare(self, block: Block, pool: Pool) -> Prepared | None:
+        """Returns None: all is done at once."""
         return None
 
     def quantize(self, block: Block, pool: Pool) -> Result:

@@ -1,0 +1,132 @@
+"""GPTQ: round column by column, and let later columns make up for the error of earlier ones.
+
+Frantar et al. 2022, arXiv 2210.17323; `quantize.methods.feedback` has the arithmetic. It is a rounding and nothing
+else: it serves every grid of levels, whatever file the grid belongs to.
+
+A Hessian of few tokens says more of those tokens than of the model. It is drawn towards its diagonal before use,
+`(1 - a) H + a diag(H)`: a = 0 is plain GPTQ, a = 1 is rounding by importance alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from quantize.kernels.levels import GRIDS
+from quantize.methods.base import Block, Prepared, Result, encode
+from quantize.methods.feedback import Factor, blocks_by_need, factorize, feed_back, joined
+from quantize.parallel import Pool, spans
+from quantize.schemes import GGMLBlock, Levelled, QuantizedTensor, Scheme
+from quantize.statistics import Statistics
+from quantize.structure import Input
+
+# Rows of a chunk of work. Each column costs a few calls whatever the number of rows, so chunks are larger than
+# those of methods that touch each weight once.
+_ROWS = 1024
+# Tokens per input column below which a Hessian is drawn further towards its diagonal, and what that adds at none.
+_ENOUGH = 4
+
+
+@dataclass(frozen=True, slots=True)
+class GPTQ:
+    """Error feedback with the Hessian of each linear's input.
+
+    Attributes:
+        damping: Share of the mean diagonal added to the Hessian's diagonal; ten times more is tried where needed.
+        shrinkage: How far the Hessian is drawn towards its diagonal, 0 to 1.
+        act_order: Which columns come first. "blocks": the neediest block of columns, in it the neediest column;
+            "columns": the neediest columns of all, on grids fitted before anything is rounded; "none": as they are.
+            The file needs no index of groups in any case.
+    """
+
+    damping: float = 0.01
+    shrinkage: float = 0.1
+    act_order: Literal["blocks", "columns", "none"] = "blocks"
+
+    name = "gptq"
+    summary = "error feedback with the Hessian of the inputs, block after block; minutes"
+    calibrates = True
+    sequential = True
+    transforms = False
+
+    def reject(self, scheme: Scheme) -> str | None:
+        """Returns a reason for grids without levels: codebooks of several weights."""
+        if isinstance(scheme, GGMLBlock) and scheme.type not in GRIDS:
+            return f"gptq rounds one weight at a time, {scheme} codes several together"
+        return None if isinstance(scheme, Levelled) else f"gptq has no levels of {scheme}"
+
+    def prepare(self, block: Block, pool: Pool) -> Prepared | None:
+        """Returns None: weights are rounded as they are."""
+        return None
+
+    def quantize(self, block: Block, pool: Pool) -> Result:
+        """Returns the consumers of the block's inputs with error feedback, and everything else to nearest."""
+        coded: dict[str, QuantizedTensor] = {}
+        notes: list[str] = []
+        few: list[str] = []
+        for item, factor in self._factors(block, pool):
+            if factor is None:
+                few += [name for name in item.consumers if name in block.schemes]
+                continue
+            if factor.damping is None:
+                notes.append(f"{item.name}: its Hessian cannot be factorized, rounded without feedback")
+            elif factor.damping > self.damping:
+                notes.append(f"{item.name}: its Hessian took damping {factor.damping:g}")
+            for name in (name for name in item.consumers if name in block.schemes):
+                coded[name] = self._rounded(block.weights[name], factor, block.schemes[name], pool)
+        lost = [name for name in block.schemes if name not in coded]
+        for name in lost:
+            coded[name] = encode(block.schemes[name], block.weights[name], pool)
+        if few:
+            notes.append(f"{block.name}: {len(few)} matrices saw fewer tokens than columns: {_some(few)} to nearest")
+        if unseen := [name for name in lost if name not in few]:
+            notes.append(f"{block.name}: {len(unseen)} matrices saw no calibration token: {_some(unseen)} to nearest")
+        return Result(coded, notes=tuple(notes))
+
+    def _factors(self, block: Block, pool: Pool) -> Iterator[tuple[Input, Factor | None]]:
+        """Yields the inputs that have statistics, each with the factor of its Hessian; None where that means little."""
+        items = [
+            item
+            for item in block.inputs
+            if item.name in block.statistics and any(name in block.schemes for name in item.consumers)
+        ]
+
+        def factor(item: Input) -> Factor | None:
+            statistics = block.statistics[item.name]
+            if statistics.count < item.width:
+                return None
+            scheme = next(block.schemes[name] for name in item.consumers if name in block.schemes)
+            return self._factor(statistics, scheme)
+
+        yield from zip(items, pool.map(factor, items), strict=True)
+
+    def _factor(self, statistics: Statistics, scheme: Scheme) -> Factor:
+        hessian = statistics.hessian
+        width = len(hessian)
+        short = max(0.0, 1.0 - statistics.count / (_ENOUGH * width))
+        share = self.shrinkage + (1.0 - self.shrinkage) * short / 2
+        diagonal = hessian.diagonal().clone()
+        hessian = hessian * (1.0 - share)
+        hessian.diagonal().copy_(diagonal)
+        order = torch.arange(width)
+        if self.act_order != "none":
+            order = blocks_by_need(diagonal, -1 if self.act_order == "columns" else scheme.block)
+        return factorize(hessian, order, self.damping)
+
+    def _rounded(self, weight: Tensor, factor: Factor, scheme: Scheme, pool: Pool) -> QuantizedTensor:
+        """Returns a matrix with error feedback, runs of its rows on the pool; rows share nothing but the Hessian."""
+        assert isinstance(scheme, Levelled)
+
+        def chunk(span: tuple[int, int]) -> QuantizedTensor:
+            return feed_back(weight[span[0] : span[1]], factor, scheme, fit_first=self.act_order == "columns")
+
+        return joined(list(pool.map(chunk, spans(len(weight), _ROWS))), len(weight))
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"{names[0]}{more}"
