@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,11 @@ SHARD_BYTES = 5_000_000_000
 # Interpreter, torch and transformers, measured.
 _BASE_BYTES = 450 * 2**20
 _SLACK_BYTES = 64 * 2**20
+# Times that a block's weights are in memory as float32: as stored, and changed by a method.
+_COPIES = 2.0
+# Experts stored one by one: as stored, stacked as the model wants them, and on the way there (gate and up twice).
+_STACKED_COPIES = 8 / 3
+_EXPERT = re.compile(r"\bexperts\.\d+\.")
 # A run of rows on its way through an encoder: as stored, as float32, as blocks.
 _RUN_BYTES = 24 * 2**20
 
@@ -430,28 +436,46 @@ def _files(entries: Sequence[Entry], request: Request, out: str) -> dict[str, tu
 
 def _peak(plan: Plan, checkpoint: Checkpoint, anatomy: Anatomy, request: Request) -> int:
     """Returns the estimated peak of anonymous memory, in bytes."""
-    if request.format.single_file and not request.gathers:
+    calibrates = request.gathers or (request.method is not None and request.method.calibrates)
+    if calibrates:
+        return sweep_peak(checkpoint, anatomy, [entry.name for entry in plan.quantized], request)
+    if request.format.single_file:
         return _BASE_BYTES + (request.threads + 2) * _RUN_BYTES
     largest = max((entry.count for entry in plan.quantized), default=0)
-    if not request.gathers and (request.method is None or not request.method.calibrates):
-        return _BASE_BYTES + 10 * largest + _SLACK_BYTES
-    blocks: dict[str, int] = {}
-    widths: dict[str, dict[str, int]] = {}
-    for entry in plan.entries:
-        block = anatomy.block_of(entry.name)
-        if block is not None:
-            blocks[block] = blocks.get(block, 0) + entry.count
-            if entry.quantized:
-                widths.setdefault(block, {})[str(entry.shape[-1])] = entry.shape[-1]
-    weights = 4 * max(blocks.values(), default=0)
-    hessians = max((4 * sum(w * w for w in per.values()) for per in widths.values()), default=0)
-    hessians = 0 if request.gathers else hessians
+    return _BASE_BYTES + 10 * largest + _SLACK_BYTES
+
+
+def sweep_peak(checkpoint: Checkpoint, anatomy: Anatomy, watched: Collection[str], request: Request) -> int:
+    """Returns the estimated peak of anonymous memory while text passes through a model, in bytes.
+
+    Args:
+        checkpoint: The model under the names that `anatomy` has.
+        anatomy: Its parts.
+        watched: The tensors whose inputs are looked at.
+        request: Text, threads, and what is gathered.
+    """
+    held: dict[str, float] = {}
+    inputs: dict[str, dict[tuple[str, int], int]] = {}
+    chosen = frozenset(watched)
+    for name, info in checkpoint.tensors.items():
+        block = anatomy.block_of(name)
+        if block is None:
+            continue
+        copies = _STACKED_COPIES if any(map(_EXPERT.search, anatomy.aliases(name))) else _COPIES
+        held[block] = held.get(block, 0) + copies * 4 * int(torch.Size(info.shape).numel())
+        if name in chosen:
+            # matrices of one module often share an input (q, k and v; gate and up), those of a stack never do
+            module = name.removesuffix(".weight").rpartition(".")[0]
+            inputs.setdefault(block, {})[module, info.shape[-1]] = int(torch.Size(info.shape[:-2]).numel())
+    sizes = (sum(4 * count * width * width for (_, width), count in each.items()) for each in inputs.values())
+    hessians = 0 if request.gathers else max(sizes, default=0)
+    widest = max((width for each in inputs.values() for _, width in each), default=0)
     text = checkpoint.config.get("text_config") or checkpoint.config
-    widest = max((max(per.values()) for per in widths.values()), default=0)
     hidden: int = text.get("hidden_size", widest)
     waiting = min(request.activation_budget, 4 * hidden * request.samples * request.length)
     passing = request.threads * 4 * widest * 6 * max(request.length, 2048)
-    return _BASE_BYTES + 2 * weights + (request.threads + 1) * hessians + waiting + passing + _SLACK_BYTES
+    weights = int(max(held.values(), default=0))
+    return _BASE_BYTES + weights + (request.threads + 1) * hessians + waiting + passing + _SLACK_BYTES
 
 
 def describe(plan: Plan) -> dict[str, Any]:

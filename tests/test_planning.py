@@ -420,6 +420,15 @@ def test_the_memory_estimate_knows_method_and_text(model: Path) -> None:
     assert awq < plan(model, method="awq", calib_samples=4096, calib_length=512).peak_bytes
 
 
+def test_the_memory_estimate_counts_experts(tmp_path: Path) -> None:
+    """Each expert has inputs of its own, and experts stored one by one are stacked on their way into the model."""
+    made = {count: qwen3_moe(tmp_path / str(count), count) for count in (4, 8)}
+    few, many = (plan(path, method="awq", threads=1).peak_bytes for path in made.values())
+    hessians, weights = 4 * (64**2 + 32**2), 4 * 3 * 64 * 32
+    routing = 2 * 4 * 64
+    assert many - few == pytest.approx(4 * (2 * hessians + weights * 8 / 3 + routing), abs=8)
+
+
 def test_sizes_of_pieces() -> None:
     assert Piece("x", torch.int32, (3, 5)).nbytes == 60
     assert Piece("x", torch.float64, ()).nbytes == 8
