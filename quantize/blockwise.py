@@ -124,7 +124,7 @@ class Blockwise:
     def _in_turns(self, stage: Stage, structure: Structure, pool: Pool) -> None:
         """Rounds a block while it is passed through again and again; its rounded weights stay loaded."""
         block = replace(self.placing.block(stage.path, stage.weights), inputs=structure.inputs)
-        result = in_turns(stage, structure, block, self.method, pool, self.placing.stored)
+        result = in_turns(stage, structure, block, self.method, pool, self.placing.stored, self.settings.all_experts)
         self.placing.store(block, result)
 
     def _make(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantize import methods
 from quantize.errors import InputError, UsageError
 from quantize.formats.base import Checkpoint, Format, Header, NamedView
 from quantize.formats.gguf.imatrix import ImportanceMatrix, read_imatrix
@@ -72,8 +73,10 @@ class Mixing:
         if preset is None and not settings.dtype:
             held = {name: Decision(None, "as stored") for name in held_already(view, target)}
         decisions = decide(view, metadata, mix, settings, importance=matrix is not None or file is not None) | held
-        # a text that is named shall be used, whether the types need it or would only gain by it
-        wanted = file is not None or bool(needy(decisions, mix)) or bool(settings.calib and gaining(decisions))
+        # a text that is named shall be used, whether the types need it or would only gain by it; a method that
+        # calibrates uses it in its own way
+        gains = bool(settings.calib and gaining(decisions)) and not (preset and methods.named(preset.method).calibrates)
+        wanted = file is not None or bool(needy(decisions, mix)) or gains
         gathers = matrix is None and asked != NONE and wanted
         if gathers and file is None:
             decisions = decide(view, metadata, mix, settings, importance=True) | held

@@ -47,6 +47,8 @@ from quantize.work import Work
 from quantize.writer import REPORT, OutputFolder, check_target, tidy
 
 EVAL_CHUNKS = 20
+# Options of methods.
+_ROUNDING = ("damping", "shrinkage", "act_order")
 # File systems take 255 bytes, and names grow while the output is made.
 _LONGEST_NAME = 230
 # Where an unfinished run keeps the importance that it has gathered.
@@ -71,7 +73,7 @@ class Job:
         self.choice: Choice | None = _choice(self.settings)
         self.checkpoint = open_checkpoint(model, settings.adapters)
         self.source = _source_name(model, self.checkpoint.path)
-        self.method: Method | None = methods.named(self.choice.method) if self.choice else None
+        self.method = _method(self.choice, self.settings)
         self.target = formats.named(self.choice.format if self.choice else self.settings.format or "hf")
         refuse_idle(self.settings, self.choice, self.target)
         self._refuse_second_rounding()
@@ -499,6 +501,19 @@ def _choice(settings: Settings) -> Choice | None:
     return choose(
         settings.method, settings.bits, settings.group_size, settings.symmetric, settings.format, settings.type
     )
+
+
+def _method(choice: Choice | None, settings: Settings) -> Method | None:
+    """Returns the method with the options that were given."""
+    asked = {name: value for name in _ROUNDING if (value := getattr(settings, name)) is not None}
+    if choice is None:
+        if asked:
+            raise UsageError(f"--{next(iter(asked)).replace('_', '-')} says nothing without --method", "name a method")
+        return None
+    method = methods.named(choice.method, asked)
+    if settings.all_experts and not method.sequential:
+        raise UsageError(f"--all-experts has no meaning for method {method.name}", "it is for gptq")
+    return method
 
 
 def _maybe_linear(entry: Entry) -> bool:

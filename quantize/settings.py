@@ -36,6 +36,10 @@ class Settings:
         calib: Calibration text sources; empty for the bundled text.
         calib_samples: Rows of calibration text.
         calib_length: Tokens per row.
+        damping: Share of the Hessian's mean diagonal that gptq adds to its diagonal; None for the method's own.
+        shrinkage: How far gptq draws the Hessian towards its diagonal, 0 to 1; None for the method's own.
+        act_order: Order in which gptq rounds columns: "blocks", "columns" or "none"; None for the method's own.
+        all_experts: Whether every token goes to every expert while a method gathers what it needs.
         statistics: File to save statistics in, or to reuse them from if it exists.
         recipe: Recipe file.
         set: Rules `PATTERN=SCHEME`, before the file's.
@@ -73,6 +77,10 @@ class Settings:
     calib: tuple[str, ...] = ()
     calib_samples: int = SAMPLES
     calib_length: int = LENGTH
+    damping: float | None = None
+    shrinkage: float | None = None
+    act_order: str | None = None
+    all_experts: bool = False
     statistics: str | Path | None = None
     recipe: str | Path | None = None
     set: tuple[str, ...] = ()

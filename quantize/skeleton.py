@@ -215,11 +215,17 @@ class Skeleton:
         stacked = getattr(module, leaf, None)
         return "experts" in path.split(".") and isinstance(stacked, Tensor) and stacked.dim() == 3
 
+    @cached_property
+    def expert_counts(self) -> frozenset[int]:
+        """How many experts a layer has, as the config says; empty where there are none."""
+        config = self.model.config.get_text_config()
+        found = {getattr(config, key, None) for key in _EXPERT_COUNTS}
+        return frozenset(count for count in found if isinstance(count, int) and count > 1)
+
     def _routes(self, path: str, weight: Tensor) -> bool:
         """Returns whether a parameter of a module is a matrix that decides on routing."""
-        counts = {getattr(self.model.config.get_text_config(), key, None) for key in _EXPERT_COUNTS}
         named = path.rpartition(".")[2] in _ROUTERS
-        return weight.dim() == _MATRIX and (named or weight.shape[0] == 1 or weight.shape[0] in counts)
+        return weight.dim() == _MATRIX and (named or weight.shape[0] == 1 or weight.shape[0] in self.expert_counts)
 
     def _require_all(self, checkpoint: Checkpoint, assume_tied: bool) -> None:
         have = {output for conversion in self.conversions.values() for output in conversion.outputs}

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, suppress
 from contextvars import copy_context
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, cast, overload
@@ -69,6 +69,7 @@ class _Watch(Generic[S]):
         totals: By those names.
         lead: Batches ahead of the first that counts.
         rehearsal: Whether the batches go no further than the last of the sites, and then stand before the block again.
+        everyone: Whether every expert sees every token.
     """
 
     parameters: Mapping[str, Tensor]
@@ -77,6 +78,7 @@ class _Watch(Generic[S]):
     totals: Mapping[str, Accumulator[S]]
     lead: int
     rehearsal: bool
+    everyone: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def watcher(self, index: int) -> _Watcher:
@@ -155,6 +157,26 @@ class _Watcher(TorchFunctionMode):
             if 0 <= view.storage_offset() - whole.storage_offset() < whole.numel():
                 return name, whole
         return None
+
+
+class _Everyone(TorchFunctionMode):
+    """Lets routers choose all experts: they choose with `topk` over as many values as there are experts."""
+
+    def __init__(self, counts: frozenset[int]) -> None:
+        super().__init__()
+        self._counts = counts
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in (torch.topk, Tensor.topk):
+            values, *rest = args
+            if values.shape[-1] in self._counts and kwargs.get("dim", rest[1] if len(rest) > 1 else -1) in (
+                -1,
+                values.dim() - 1,
+            ):
+                kwargs.pop("k", None)
+                return func(values, values.shape[-1], *rest[1:], **kwargs)
+        return func(*args, **kwargs)
 
 
 class _Paging(TorchFunctionMode):
@@ -302,17 +324,18 @@ class Stage:
             self._empty()
         return watch.found()
 
-    def rehearse(self, groups: Mapping[Site, str], needs: type[S]) -> dict[str, S]:
+    def rehearse(self, groups: Mapping[Site, str], needs: type[S], everyone: bool = False) -> dict[str, S]:
         """Passes all batches through the block as it is loaded, only as far as the last of some sites, and back.
 
         Args:
             groups: The sites to watch, each with the name under which its statistics are added up.
             needs: What is gathered there.
+            everyone: Whether every expert sees every token.
 
         Returns:
             The statistics by name; a name whose sites saw no token is missing.
         """
-        watch = self._watch(groups, needs, rehearsal=True)
+        watch = replace(self._watch(groups, needs, rehearsal=True), everyone=everyone)
         self._let_pass(watch)
         return watch.found()
 
@@ -536,8 +559,11 @@ class Sweep:
 
     def _rehearse(self, path: str, watch: _Watch[Any], batch: _Batch) -> None:
         args, kwargs = fresh(batch.call)
+        modes: list[TorchFunctionMode] = [watch.watcher(batch.index)]
+        if watch.everyone:
+            modes.append(_Everyone(self.skeleton.expert_counts))
         with suppress(_SeenAll):
-            self._compute(partial(self.originals[path], *args, **kwargs), watch.watcher(batch.index))
+            self._compute(partial(self.originals[path], *args, **kwargs), *modes)
         watch.finish(batch.index)
 
     def _compute(self, function: Callable[[], Any], *modes: AbstractContextManager[Any]) -> Any:

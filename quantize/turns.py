@@ -37,6 +37,7 @@ def in_turns(
     method: Method,
     pool: Pool,
     stored: Callable[[str, Tensor], Tensor],
+    everyone: bool = False,
 ) -> Result:
     """Returns what a sequential method makes of a block. The rounded weights are left loaded in the module.
 
@@ -47,10 +48,12 @@ def in_turns(
         method: The method.
         pool: Where it works.
         stored: Gives a plain tensor, by name and new value, as it will read back from the output, float32.
+        everyone: Whether every expert sees every token while inputs are gathered; the batches then pass on with those
+            that the router chose.
     """
     prepared = None
     if method.transforms:
-        prepared = method.prepare(_with_statistics(block, stage, structure.inputs, structure.sites), pool)
+        prepared = method.prepare(_with_statistics(block, stage, structure.inputs, structure.sites, everyone), pool)
     prepared = prepared or Prepared({}, {})
     coded: dict[str, QuantizedTensor] = {}
     notes = list(prepared.notes)
@@ -66,7 +69,7 @@ def in_turns(
         if loaded:
             stage.load(loaded)
         part = Block(block.name, weights, block.dtypes, mine)
-        result = method.quantize(_with_statistics(part, stage, inputs, sites), pool)
+        result = method.quantize(_with_statistics(part, stage, inputs, sites, everyone), pool)
         coded |= result.coded
         notes += result.notes
         loaded |= {name: value.dequantize() for name, value in result.coded.items()}
@@ -93,6 +96,8 @@ def at_once(block: Block, method: Method, pool: Pool) -> Result:
     return Result(result.coded, {**plain, **result.changed}, targets, (*prepared.notes, *result.notes))
 
 
-def _with_statistics(block: Block, stage: Stage, inputs: Sequence[Input], sites: Mapping[Site, str]) -> Block:
+def _with_statistics(
+    block: Block, stage: Stage, inputs: Sequence[Input], sites: Mapping[Site, str], everyone: bool
+) -> Block:
     """Returns a block with the statistics of some of its inputs, gathered from what is loaded."""
-    return replace(block, inputs=tuple(inputs), statistics=stage.rehearse(sites, Statistics))
+    return replace(block, inputs=tuple(inputs), statistics=stage.rehearse(sites, Statistics, everyone))

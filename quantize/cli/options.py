@@ -49,6 +49,7 @@ PEERS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("--allow-requantize",), ("--requantize",)),
     **dict.fromkeys(("--vocab-type", "--pre-tokenizer"), ("--pre",)),
     "--symmetric": ("--sym",),
+    **dict.fromkeys(("--damp-percent", "--percdamp", "--dampening-frac"), ("--damping",)),
     "--force": ("--overwrite",),
 }  # fmt: skip
 # Options elsewhere that are our argument MODEL.
@@ -217,6 +218,22 @@ CALIBRATION_TEXT = together(
     ),
 )  # fmt: skip
 
+ROUNDING = together(
+    click.option(
+        "--damping", type=click.FloatRange(0, 1, min_open=True), metavar="SHARE",
+        help="gptq: share of the Hessian's mean diagonal added to its diagonal.  [default: 0.01]",
+    ),
+    click.option(
+        "--shrinkage", type=click.FloatRange(0, 1), metavar="SHARE",
+        help="gptq: how far the Hessian is drawn towards its diagonal; more for little text.  [default: 0.1]",
+    ),
+    click.option(
+        "--act-order", type=click.Choice(["blocks", "columns", "none"]),
+        help="gptq: the neediest groups of columns first, the neediest columns first, or none.  [default: blocks]",
+    ),
+    click.option("--all-experts", is_flag=True, help="gptq: let every expert see every token of the calibration text."),
+)  # fmt: skip
+
 CALIBRATION = together(
     CALIBRATION_TEXT,
     click.option(
@@ -231,6 +248,7 @@ RUN = together(
     OUTPUT,
     GGUF_OUTPUT,
     RULES,
+    ROUNDING,
     CALIBRATION,
     click.option(
         "--eval", metavar="SOURCE|default|none",

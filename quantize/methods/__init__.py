@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass, replace
 from importlib.metadata import entry_points
+from typing import Any, cast
 
-from quantize.errors import unknown_name
+from quantize.errors import UsageError, unknown_name
 from quantize.methods.awq import AWQ
 from quantize.methods.awq_gptq import AWQGPTQ
 from quantize.methods.base import Block, Method, Prepared, Result
@@ -22,13 +25,29 @@ def table() -> dict[str, Method]:
     return {method.name: method for method in others} | METHODS
 
 
-def named(name: str) -> Method:
+def named(name: str, options: Mapping[str, Any] | None = None) -> Method:
     """Returns the method called `name`.
 
+    Args:
+        name: Its name.
+        options: What differs from its defaults, by the names of its attributes.
+
     Raises:
-        UsageError: there is none; the message lists the choices.
+        UsageError: there is none, or it has no such option; the message lists the choices.
     """
     known = table()
     if name not in known:
         raise unknown_name("method", name, known)
-    return known[name]
+    method = known[name]
+    if not options:
+        return method
+    for option in options:
+        if option not in _options(method):
+            users = [other.name for other in known.values() if option in _options(other)]
+            said = option.replace("_", "-")
+            raise UsageError(f"--{said} has no meaning for method {name}", f"methods that have it: {', '.join(users)}")
+    return cast(Method, replace(cast(Any, method), **options))
+
+
+def _options(method: Any) -> list[str]:
+    return [field.name for field in fields(method)] if is_dataclass(method) else []

@@ -149,9 +149,10 @@ def _grid(fitted: Mapping[int, Levels], columns: Tensor, block: int) -> _Grid:
     """Returns the grids of some columns, from those of the blocks by first column."""
     points = next(iter(fitted.values())).points
     rows = len(next(iter(fitted.values())).scale)
-    grid = _Grid(*(torch.empty(len(columns), rows, device=columns.device) for _ in range(2)), points)
+    scale = torch.empty(len(columns), rows, device=columns.device)
+    grid = _Grid(scale, torch.empty_like(scale), points)
     firsts = columns // block * block
-    for first in firsts.unique().tolist():
+    for first in sorted(set(firsts.tolist())):
         levels, mine = fitted[first], firsts == first
         sub = (columns[mine] - first) // (block // levels.scale.shape[1])
         grid.scale[mine] = levels.scale.T[sub]
