@@ -12,6 +12,10 @@ from torch import Tensor
 
 from quantize.schemes import QuantizedTensor, Scheme, Shape
 
+# What shows the input of a tensor's columns, if not the input of the stored tensor as models have it, `x @ W.T`: the
+# input of `x @ W`; the output of a stored tensor.
+TURNED, OUTPUT = "@turned", "@output"
+
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from quantize.errors import InputError
-from quantize.formats.base import Checkpoint
+from quantize.formats.base import OUTPUT, TURNED, Checkpoint
 from quantize.nested import flat, fresh, tensors
 from quantize.parallel import one_torch_thread
 from quantize.skeleton import Skeleton, stand_in
@@ -39,13 +39,16 @@ from quantize.statistics import Accumulator, S, Statistics
 # Threads only run Python frames and torch calls; the default of 8 MiB counts against a data limit for each batch.
 _STACK = 2 * 2**20
 _HEAD_ROWS = 8192
-_MATMULS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm)
+_MATMULS = (torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm)
 
 Observe = Callable[["Site", Tensor], None]
 
 
 class Site(tuple[str, int]):
-    """Where a linear map is applied: `(parameter name, index into a stacked parameter or -1)`."""
+    """Where a linear map is applied: `(parameter name, index into a stacked parameter or -1)`.
+
+    A name that ends in `TURNED` is the input of `x @ W`, one that ends in `OUTPUT` what the map gives.
+    """
 
     __slots__ = ()
 
@@ -137,19 +140,38 @@ class _Watcher(TorchFunctionMode):
         self._used = used
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is nn.functional.linear or func in _MATMULS:
-            inputs, weight = (*args, *(kwargs or {}).values())[:2]
-            weight = weight if func is nn.functional.linear else weight.mT
-            known = self._owner(weight)
-            # a transposed or cut view is no map whose input has the columns of the parameter
-            if known is not None and weight.is_contiguous() and weight.shape == known[1].shape[-2:]:
-                name, whole = known
-                offset = weight.storage_offset() - whole.storage_offset()
-                self._observe(Site((name, -1 if whole.dim() < 3 else offset // whole.stride(0))), inputs)
+        operands = (*args, *(kwargs or {}).values())
+        product = func is nn.functional.linear or func in _MATMULS or func is torch.addmm
+        sites = self._sites(func, *operands[func is torch.addmm :][:2]) if product else []
+        for site, x in sites:
+            self._observe(site, x)
         if self._used is not None and getattr(func, "__name__", "") != "__get__":
             owners = (self._owner(value) for value in flat((args, kwargs)) if isinstance(value, Tensor))
             self._used.update(owner[0] for owner in owners if owner is not None)
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        for site, _ in sites:
+            if func is nn.functional.linear and site[1] < 0:
+                self._observe(Site((site[0] + OUTPUT, -1)), result)
+        return result
+
+    def _sites(self, func: Any, inputs: Tensor, weight: Tensor) -> list[tuple[Site, Tensor]]:
+        """Returns the sites of a product with a known parameter or with matrices of it, each with its input."""
+        if weight.dim() < 2:
+            return []
+        linear = func is nn.functional.linear
+        for matrix, mark in [(weight, "")] if linear else [(weight.mT, ""), (weight, TURNED)]:
+            known = self._owner(matrix)
+            # a cut view is no map whose input has the columns of the parameter, or its rows where it is turned
+            if known is None or not matrix.is_contiguous():
+                continue
+            name, whole = known
+            if matrix.shape == whole.shape[-2:]:
+                offset = matrix.storage_offset() - whole.storage_offset()
+                return [(Site((name + mark, -1 if whole.dim() < 3 else offset // whole.stride(0))), inputs)]
+            if matrix.shape == whole.shape and inputs.dim() == whole.dim():
+                # every token is in every expert's input: zeros where it was not sent there
+                return [(Site((name + mark, number)), x[x.any(-1)]) for number, x in enumerate(inputs)]
+        return []
 
     def _owner(self, view: Tensor) -> tuple[str, Tensor] | None:
         """Returns the parameter that a tensor is a view of; some that were split from one tensor share its storage."""
