@@ -68,15 +68,15 @@ class GPTQ:
         coded: dict[str, QuantizedTensor] = {}
         notes: list[str] = []
         few: list[str] = []
-        for item, factor in self._factors(block, pool):
+        for item, names, factor in self._factors(block, pool):
             if factor is None:
-                few += [name for name in item.consumers if name in block.schemes]
+                few += names
                 continue
             if factor.damping is None:
                 notes.append(f"{item.name}: its Hessian cannot be factorized, rounded without feedback")
             elif factor.damping > self.damping:
                 notes.append(f"{item.name}: its Hessian took damping {factor.damping:g}")
-            for name in (name for name in item.consumers if name in block.schemes):
+            for name in names:
                 coded[name] = self._rounded(block.weights[name], factor, block.schemes[name], pool)
         lost = [name for name in block.schemes if name not in coded]
         for name in lost:
@@ -85,24 +85,27 @@ class GPTQ:
             notes.append(f"{block.name}: {len(few)} matrices saw fewer tokens than columns: {_some(few)} to nearest")
         if unseen := [name for name in lost if name not in few]:
             notes.append(f"{block.name}: {len(unseen)} matrices saw no calibration token: {_some(unseen)} to nearest")
-        return Result(coded, notes=tuple(notes))
+        return Result(coded, notes=tuple(dict.fromkeys(notes)))
 
-    def _factors(self, block: Block, pool: Pool) -> Iterator[tuple[Input, Factor | None]]:
-        """Yields the inputs that have statistics, each with the factor of its Hessian; None where that means little."""
-        items = [
-            item
-            for item in block.inputs
-            if item.name in block.statistics and any(name in block.schemes for name in item.consumers)
-        ]
+    def _factors(self, block: Block, pool: Pool) -> Iterator[tuple[Input, list[str], Factor | None]]:
+        """Yields the inputs that have statistics, consumers of each, and the Hessian's factor; None if it means little.
 
-        def factor(item: Input) -> Factor | None:
-            statistics = block.statistics[item.name]
-            if statistics.count < item.width:
+        An order of columns keeps blocks of one size whole, so consumers whose blocks differ have factors of their own.
+        """
+        parts: dict[tuple[Input, int], list[str]] = {}
+        for item in block.inputs:
+            for name in (name for name in item.consumers if name in block.schemes and item.name in block.statistics):
+                size = block.schemes[name].block if self.act_order == "blocks" else 0
+                parts.setdefault((item, size), []).append(name)
+
+        def factor(part: tuple[Input, int]) -> Factor | None:
+            statistics = block.statistics[part[0].name]
+            if statistics.count < part[0].width:
                 return None
-            scheme = next(block.schemes[name] for name in item.consumers if name in block.schemes)
-            return self._factor(statistics, scheme)
+            return self._factor(statistics, block.schemes[parts[part][0]])
 
-        yield from zip(items, pool.map(factor, items), strict=True)
+        for part, found in zip(parts, pool.map(factor, parts), strict=True):
+            yield part[0], parts[part], found
 
     def _factor(self, statistics: Statistics, scheme: Scheme) -> Factor:
         hessian = statistics.hessian
