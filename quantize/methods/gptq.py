@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from quantize.errors import UsageError, unknown_name
 from quantize.kernels.levels import GRIDS
 from quantize.methods.base import Block, Prepared, Result, encode
 from quantize.methods.feedback import Factor, blocks_by_need, factorize, feed_back, joined
@@ -29,6 +30,7 @@ from quantize.structure import Input
 _ROWS = 1024
 # Tokens per input column below which a Hessian is drawn further towards its diagonal, and what that adds at none.
 _ENOUGH = 4
+_ORDERS = ("blocks", "columns", "none")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,14 @@ class GPTQ:
     calibrates = True
     sequential = True
     transforms = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.damping <= 1:
+            raise UsageError(f"--damping {self.damping} is no share above 0, up to 1", "try 0.01")
+        if not 0 <= self.shrinkage <= 1:
+            raise UsageError(f"--shrinkage {self.shrinkage} is no share of 0 to 1", "try 0.1")
+        if self.act_order not in _ORDERS:
+            raise unknown_name("act-order", self.act_order, _ORDERS)
 
     def reject(self, scheme: Scheme) -> str | None:
         """Returns a reason for grids without levels: codebooks of several weights."""
