@@ -13,6 +13,7 @@ from quantize.errors import UsageError
 from quantize.formats.base import Checkpoint
 from quantize.parallel import one_torch_thread
 from quantize.progress import Progress
+from quantize.ranks import ALONE, Ranks
 from quantize.selftext import SELF, sample_rows
 from quantize.settings import Settings
 from quantize.skeleton import Skeleton
@@ -66,7 +67,13 @@ def _mixed_rows(
 
 
 def open_sweep(
-    settings: Settings, skeleton: Skeleton, checkpoint: Checkpoint, text: CalibrationText, threads: int, folder: Path
+    settings: Settings,
+    skeleton: Skeleton,
+    checkpoint: Checkpoint,
+    text: CalibrationText,
+    threads: int,
+    folder: Path,
+    ranks: Ranks = ALONE,
 ) -> Sweep:
     """Returns the sweep of a model over calibration text, a context that has yet to be entered.
 
@@ -77,14 +84,16 @@ def open_sweep(
         text: The rows.
         threads: Threads.
         folder: Where activations wait that have no room in memory.
+        ranks: Those that share the rows: batch b is for rank `b % count`.
     """
     batches: Sequence[torch.Tensor] = torch.split(text.ids, max(1, _BATCH_TOKENS // text.ids.shape[1]))
     return Sweep(
         skeleton,
         checkpoint,
-        list(batches),
+        list(batches[ranks.index :: ranks.count]),
         threads=threads,
         probe=text.ids[:1, :_PROBE_TOKENS],
         budget=settings.activation_budget,
         folder=folder,
+        ranks=ranks,
     )

@@ -75,6 +75,10 @@ class Pool:
             for future in waiting:
                 future.cancel()
 
+    def spans(self, total: int, size: int) -> list[tuple[int, int]]:
+        """Returns the chunks of about `size` in which work on `total` rows that share nothing suits this pool."""
+        return spans(total, size)
+
 
 def spans(total: int, size: int) -> list[tuple[int, int]]:
     """Returns `(start, stop)` of the chunks of `size` that cover `0 .. total`."""

@@ -6,11 +6,14 @@ rows are packed full.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+
+from quantize.ranks import ALONE, Ranks
 
 _PANELS = 4
 # Tokens whose squares are held at a time.
@@ -26,6 +29,14 @@ class Summary(Protocol):
 
     def merge(self: S, other: S) -> S:
         """Returns the figures of both texts together; `self` is spent."""
+
+    @staticmethod
+    def kept(ranks: Ranks) -> bool:
+        """Returns whether what each batch adds is kept until the batches of all ranks can be added up in order."""
+
+    @staticmethod
+    def over_all(totals: Mapping[str, Accumulator[S]], ranks: Ranks) -> dict[str, S]:
+        """Returns what the batches of all ranks added up to, by name, where they are several; `totals` are spent."""
 
 
 S = TypeVar("S", bound=Summary)
@@ -87,6 +98,33 @@ class Statistics:
             self.hessian.lerp_(other.hessian, share),
         )
 
+    @staticmethod
+    def kept(ranks: Ranks) -> bool:
+        """Returns False: there is no memory for a Hessian of each batch."""
+        return False
+
+    @staticmethod
+    def over_all(totals: Mapping[str, Accumulator[Statistics]], ranks: Ranks) -> dict[str, Statistics]:
+        """Returns the statistics of the ranks' texts together; they differ from those of one rank by rounding."""
+        found = {name: total.total for name, total in totals.items() if total.total is not None}
+        known = ranks.gather({name: (part.count, len(part.mean_abs)) for name, part in found.items()})
+        result: dict[str, Statistics] = {}
+        for name in totals:
+            seen = [counts[name] for counts in known if name in counts]
+            if seen:
+                mine = found.pop(name) if name in found else Statistics.empty(seen[0][1])
+                result[name] = mine._with_others(sum(count for count, _ in seen), ranks)
+        return result
+
+    def _with_others(self, total: int, ranks: Ranks) -> Statistics:
+        """Returns these statistics with those of all other ranks, of `total` tokens together; `self` is spent."""
+        share = self.count / max(1, total)
+        mean_abs, max_abs = self.mean_abs.clone(), self.max_abs.clone()
+        ranks.mean_(mean_abs, share)
+        ranks.largest_(max_abs)
+        ranks.mean_(self.hessian, share)
+        return Statistics(total, mean_abs, max_abs, self.hessian)
+
 
 @dataclass(frozen=True, slots=True)
 class Squares:
@@ -116,6 +154,23 @@ class Squares:
             return self
         return Squares(total, torch.lerp(self.mean_square, other.mean_square, other.count / total))
 
+    @staticmethod
+    def kept(ranks: Ranks) -> bool:
+        """Returns whether there are several ranks: then they add up in the order of one, to the same bits."""
+        return ranks.count > 1
+
+    @staticmethod
+    def over_all(totals: Mapping[str, Accumulator[Squares]], ranks: Ranks) -> dict[str, Squares]:
+        """Returns the mean squares of the ranks' texts together, the same bits as of one rank."""
+        found = ranks.gather({name: total.parts for name, total in totals.items()})
+        result: dict[str, Squares] = {}
+        for name in totals:
+            # batch b of the text is the b // count-th of rank b % count; parts of one batch stay in their order
+            parts = [(batch * ranks.count + rank, p) for rank, by in enumerate(found) for batch, p in by[name]]
+            for _, part in sorted(parts, key=lambda pair: pair[0]):
+                result[name] = result[name].merge(part) if name in result else part
+        return result
+
 
 def gram(x: Tensor) -> Tensor:
     """Returns x^T x of float32 `[tokens, K]`, computed as panels of its upper triangle (a third less work)."""
@@ -134,17 +189,24 @@ class Accumulator(Generic[S]):
     """Adds up statistics in batch order, whatever order the batches' threads come in.
 
     The lowest unfinished batch adds at once; those ahead of it wait here until it is done.
+
+    Args:
+        keep: Whether the parts are kept, in this order with the numbers of their batches, and not added up.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, keep: bool = False) -> None:
         self.total: S | None = None
+        self.parts: list[tuple[int, S]] = []
+        self._keep = keep
         self._next = 0
         self._waiting: dict[int, list[S]] = {}
         self._finished: set[int] = set()
 
     def add(self, batch: int, part: S) -> None:
         """Adds a part seen by `batch`; the caller holds the lock that guards this object."""
-        if batch == self._next:
+        if self._keep:
+            self.parts.append((batch, part))
+        elif batch == self._next:
             self._merge(part)
         else:
             self._waiting.setdefault(batch, []).append(part)
@@ -160,3 +222,10 @@ class Accumulator(Generic[S]):
 
     def _merge(self, part: S) -> None:
         self.total = part if self.total is None else self.total.merge(part)
+
+
+def over_all(totals: Mapping[str, Accumulator[S]], needs: type[S], ranks: Ranks = ALONE) -> dict[str, S]:
+    """Returns what was added up, by name, over the batches of all ranks; a name that saw no token is missing."""
+    if ranks.count > 1:
+        return needs.over_all(totals, ranks)
+    return {name: total.total for name, total in totals.items() if total.total is not None}

@@ -32,9 +32,10 @@ from quantize.errors import InputError
 from quantize.formats.base import OUTPUT, TURNED, Checkpoint
 from quantize.nested import flat, fresh, tensors
 from quantize.parallel import one_torch_thread
+from quantize.ranks import ALONE, Ranks
 from quantize.skeleton import Skeleton, stand_in
 from quantize.spill import Spill
-from quantize.statistics import Accumulator, S, Statistics
+from quantize.statistics import Accumulator, S, Statistics, over_all
 
 # Threads only run Python frames and torch calls; the default of 8 MiB counts against a data limit for each batch.
 _STACK = 2 * 2**20
@@ -107,9 +108,9 @@ class _Watch(Generic[S]):
             for total in self.totals.values():
                 total.finish(index - self.lead)
 
-    def found(self) -> dict[str, S]:
-        """Returns the statistics by name; a name whose sites saw no token is missing."""
-        return {name: total.total for name, total in self.totals.items() if total.total is not None}
+    def found(self, ranks: Ranks) -> dict[str, S]:
+        """Returns the statistics of all ranks' batches by name; a name whose sites saw no token is missing."""
+        return over_all(self.totals, self.needs, ranks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,7 +345,7 @@ class Stage:
             self._let_pass(watch)
         finally:
             self._empty()
-        return watch.found()
+        return watch.found(self._sweep.ranks)
 
     def rehearse(self, groups: Mapping[Site, str], needs: type[S], everyone: bool = False) -> dict[str, S]:
         """Passes all batches through the block as it is loaded, only as far as the last of some sites, and back.
@@ -359,10 +360,11 @@ class Stage:
         """
         watch = replace(self._watch(groups, needs, rehearsal=True), everyone=everyone)
         self._let_pass(watch)
-        return watch.found()
+        return watch.found(self._sweep.ranks)
 
     def _watch(self, groups: Mapping[Site, str], needs: type[S], rehearsal: bool) -> _Watch[S]:
-        totals: dict[str, Accumulator[S]] = {name: Accumulator() for name in groups.values()}
+        keep = needs.kept(self._sweep.ranks)
+        totals: dict[str, Accumulator[S]] = {name: Accumulator(keep) for name in groups.values()}
         return _Watch(self._loaded, groups, needs, totals, 1 if self._sweep.has_probe else 0, rehearsal)
 
     def _let_pass(self, watch: _Watch[Any]) -> None:
@@ -390,6 +392,7 @@ class Sweep:
         keep: The positions whose logits are wanted from the head; None for all.
         budget: Bytes of block inputs kept in memory; what exceeds it waits in `folder`.
         folder: Where to spill; the system's temporary folder when None.
+        ranks: Those that pass other batches of the same text through the same model; statistics are those of all.
     """
 
     def __init__(
@@ -403,8 +406,10 @@ class Sweep:
         keep: slice | None = None,
         budget: int = 2**31,
         folder: Path | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.skeleton = skeleton
+        self.ranks = ranks
         self.has_probe = probe is not None
         self.events: queue.SimpleQueue[_Batch] = queue.SimpleQueue()
         self.abandoned = False
