@@ -12,7 +12,7 @@ import numpy as np
 
 from quantize.kernels.cpu.fp4 import power, small_float
 from quantize.kernels.cpu.iq4 import VALUES
-from quantize.kernels.cpu.lean import lean
+from quantize.kernels.cpu.loops import compiled
 from quantize.kernels.cpu.packing import get_half, get_scale_pairs, get_signed_scale
 
 _SUPER = 256
@@ -112,7 +112,7 @@ def decode_iq4_xs(blocks: Any, out: Any) -> None:
     _decode_iq4_xs(blocks.reshape(-1), out.reshape(-1))
 
 
-@lean
+@compiled
 def _decode_q1_0(blocks: Any, out: Any) -> None:
     for b in range(out.size // 128):
         at, to = 18 * b, 128 * b
@@ -123,7 +123,7 @@ def _decode_q1_0(blocks: Any, out: Any) -> None:
                 out[to + 8 * byte + i] = d if bits >> i & 1 else -d
 
 
-@lean
+@compiled
 def _decode_q2_0(blocks: Any, out: Any) -> None:
     for b in range(out.size // 64):
         at, to = 18 * b, 64 * b
@@ -134,7 +134,7 @@ def _decode_q2_0(blocks: Any, out: Any) -> None:
                 out[to + 4 * byte + i] = d * np.float32((bits >> 2 * i & 3) - 1)
 
 
-@lean
+@compiled
 def _decode_legacy(blocks: Any, out: Any, width: int, offset: bool) -> None:
     """Decodes Q4_0, Q4_1, Q5_0 or Q5_1."""
     nbytes = (4 if offset else 2) + 4 * width
@@ -157,7 +157,7 @@ def _decode_legacy(blocks: Any, out: Any, width: int, offset: bool) -> None:
                 out[to + i], out[to + 16 + i] = d * np.float32(a - middle), d * np.float32(c - middle)
 
 
-@lean
+@compiled
 def _decode_q8_0(blocks: Any, signed: Any, out: Any) -> None:
     for b in range(out.size // 32):
         at, to = 34 * b, 32 * b
@@ -166,7 +166,7 @@ def _decode_q8_0(blocks: Any, signed: Any, out: Any) -> None:
             out[to + i] = d * np.float32(signed[at + 2 + i])
 
 
-@lean
+@compiled
 def _decode_mxfp4(blocks: Any, out: Any) -> None:
     for b in range(out.size // 32):
         at, to = 17 * b, 32 * b
@@ -176,7 +176,7 @@ def _decode_mxfp4(blocks: Any, out: Any) -> None:
             out[to + i], out[to + 16 + i] = d * _FP4[byte & 15], d * _FP4[byte >> 4]
 
 
-@lean
+@compiled
 def _decode_nvfp4(blocks: Any, out: Any) -> None:
     for b in range(out.size // 64):
         at = 36 * b
@@ -187,7 +187,7 @@ def _decode_nvfp4(blocks: Any, out: Any) -> None:
                 out[to + i], out[to + 8 + i] = d * _FP4[byte & 15], d * _FP4[byte >> 4]
 
 
-@lean
+@compiled
 def _decode_tq1_0(blocks: Any, out: Any) -> None:
     for b in range(out.size // _SUPER):
         at, to = 54 * b, _SUPER * b
@@ -197,7 +197,7 @@ def _decode_tq1_0(blocks: Any, out: Any) -> None:
         _digits(blocks, at + 48, 4, 4, d, out, to + 240)
 
 
-@lean
+@compiled
 def _digits(blocks: Any, at: int, width: int, digits: int, d: Any, out: Any, to: int) -> None:
     power_of_3 = 1
     for n in range(digits):
@@ -207,7 +207,7 @@ def _digits(blocks: Any, at: int, width: int, digits: int, d: Any, out: Any, to:
         power_of_3 *= 3
 
 
-@lean
+@compiled
 def _decode_tq2_0(blocks: Any, out: Any) -> None:
     for b in range(out.size // _SUPER):
         at = 66 * b
@@ -219,7 +219,7 @@ def _decode_tq2_0(blocks: Any, out: Any) -> None:
                 out[to + r] = d * np.float32(q - 1)
 
 
-@lean
+@compiled
 def _decode_q2_k(blocks: Any, out: Any) -> None:
     for b in range(out.size // _SUPER):
         at = 84 * b
@@ -232,7 +232,7 @@ def _decode_q2_k(blocks: Any, out: Any) -> None:
                 out[to + r] = scale * np.float32(np.int32(blocks[first + r] >> shift & 3)) - low
 
 
-@lean
+@compiled
 def _decode_q3_k(blocks: Any, out: Any) -> None:
     for b in range(out.size // _SUPER):
         at = 110 * b
@@ -246,7 +246,7 @@ def _decode_q3_k(blocks: Any, out: Any) -> None:
                 out[to + r] = scale * np.float32(np.int32(blocks[first + r] >> shift & 3) + 4 * top - 4)
 
 
-@lean
+@compiled
 def _decode_q45_k(blocks: Any, out: Any, width: int, codes: Any, offsets: Any) -> None:
     """Decodes Q4_K or Q5_K."""
     nbytes = 16 + 32 * width
@@ -266,7 +266,7 @@ def _decode_q45_k(blocks: Any, out: Any, width: int, codes: Any, offsets: Any) -
                     out[to + r] = scale * np.float32(np.int32(blocks[first + r] >> shift & 15)) - low
 
 
-@lean
+@compiled
 def _decode_q6_k(blocks: Any, signed: Any, out: Any) -> None:
     for b in range(out.size // _SUPER):
         at = 210 * b
@@ -281,7 +281,7 @@ def _decode_q6_k(blocks: Any, signed: Any, out: Any) -> None:
                 out[to + r] = scale * np.float32(q - 32)
 
 
-@lean
+@compiled
 def _decode_iq4_nl(blocks: Any, out: Any) -> None:
     for b in range(out.size // 32):
         at, to = 18 * b, 32 * b
@@ -291,7 +291,7 @@ def _decode_iq4_nl(blocks: Any, out: Any) -> None:
             out[to + i], out[to + 16 + i] = d * _VALUES[byte & 15], d * _VALUES[byte >> 4]
 
 
-@lean
+@compiled
 def _decode_iq4_xs(blocks: Any, out: Any) -> None:
     for b in range(out.size // _SUPER):
         at = 136 * b

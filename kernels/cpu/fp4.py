@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from quantize.kernels.cpu import packing
-from quantize.kernels.cpu.lean import lean
+from quantize.kernels.cpu.loops import compiled
 from quantize.kernels.cpu.simple import largest_bits
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
@@ -27,13 +27,13 @@ def encode_nvfp4(x: Any, importance: Any, out: Any) -> None:
     _encode_nvfp4(flat, flat.view(np.int32), out.reshape(-1), np.empty(16, np.uint8))
 
 
-@lean
+@compiled
 def power(code: Any) -> Any:
     """Returns half the scale that an E8M0 byte stands for."""
     return np.int32(0x200000 << code if code < 2 else (code - 1) << 23).view(np.float32)
 
 
-@lean
+@compiled
 def small_float(code: Any) -> Any:
     """Returns half the scale that an E4M3 byte (no sign) stands for; 0 for NaN, as readers have it."""
     exponent, mantissa = code >> 3 & 15, np.float32(code & 7)
@@ -44,7 +44,7 @@ def small_float(code: Any) -> Any:
     return (_ONE + mantissa / np.float32(8)) * np.int32((exponent - 8 + 127) << 23).view(np.float32)
 
 
-@lean
+@compiled
 def _small_float_code(value: Any) -> Any:
     """Returns the E4M3 byte of a scale: to nearest with halves up, at most 448; small ones as whole multiples."""
     if not value > _ZERO:
@@ -57,7 +57,7 @@ def _small_float_code(value: Any) -> Any:
     return 0x7E if code >= 120 else code  # from 256 on there is only 448
 
 
-@lean
+@compiled
 def _choose(x: Any, at: int, count: int, d: Any, levels: Any) -> None:
     """Sets the codes of `count` weights: the nearest value, the smaller of two; a zero has no sign."""
     block = x[at : at + count]
@@ -72,7 +72,7 @@ def _choose(x: Any, at: int, count: int, d: Any, levels: Any) -> None:
         levels[i] = code | 8 if (v < _ZERO) & (code > 0) else code
 
 
-@lean
+@compiled
 def _encode_mxfp4(x: Any, bits: Any, out: Any, levels: Any) -> None:
     for at in range(0, x.size, 32):
         largest = np.int32(largest_bits(bits, at, 32)).view(np.float32)
@@ -87,7 +87,7 @@ def _encode_mxfp4(x: Any, bits: Any, out: Any, levels: Any) -> None:
         packing.pack_nibbles(levels, 16, out, to + 1)
 
 
-@lean
+@compiled
 def _encode_nvfp4(x: Any, bits: Any, out: Any, levels: Any) -> None:
     for at in range(0, x.size, 16):
         code = _small_float_code(np.int32(largest_bits(bits, at, 16)).view(np.float32) / np.float32(6))

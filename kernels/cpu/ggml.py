@@ -108,6 +108,16 @@ DECODERS: dict[str, tuple[str, str]] = {
 # Types whose search makes no sense without importance; llama.cpp ends the program.
 NEEDS_IMPORTANCE = frozenset({"iq2_xxs", "iq2_xs", "iq1_s"})
 
+# Types that share their searches, longest to compile first: what one process compiles, the next would compile again.
+_FAMILIES = (
+    ("iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s"),
+    ("q2_k", "q4_k", "q5_k", "q4_1", "q5_1"),
+    ("q3_k", "q6_k", "q4_0", "q5_0"),
+    ("iq1_s", "iq1_m"),
+    ("iq4_nl", "iq4_xs"),
+    ("q8_0", "q1_0", "q2_0", "tq1_0", "tq2_0", "mxfp4", "nvfp4"),
+)
+
 # Types that look at importance; the others round every weight to its nearest.
 USES_IMPORTANCE = frozenset(
     {"q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs"}
@@ -195,11 +205,12 @@ class Warming:
     def __init__(self, names: Iterable[str]) -> None:
         self.names = [name for name in sorted(set(names) & ENCODERS.keys()) if not _ready(name).exists()]
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._pool = ThreadPoolExecutor(max(1, min(len(self.names), os.cpu_count() or 1)), "compile")
-        self._jobs = [self._pool.submit(self._compile, name) for name in self.names]
+        groups = [group for family in _FAMILIES if (group := [name for name in family if name in self.names])]
+        self._pool = ThreadPoolExecutor(max(1, min(len(groups), os.cpu_count() or 1)), "compile")
+        self._jobs = [self._pool.submit(self._compile, group) for group in groups]
 
-    def _compile(self, name: str) -> None:
-        code = f"from quantize.kernels.cpu import ggml; ggml.warm([{name!r}], decoders=True)"
+    def _compile(self, names: list[str]) -> None:
+        code = f"from quantize.kernels.cpu import ggml; ggml.warm({names!r}, decoders=True)"
         nowhere = subprocess.DEVNULL
         with suppress(OSError):  # then it is compiled when it is first used
             process = subprocess.Popen([sys.executable, "-c", code], stdin=nowhere, stdout=nowhere, stderr=nowhere)

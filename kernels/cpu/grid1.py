@@ -11,7 +11,8 @@ from quantize.kernels.cpu.grids import codebook
 from quantize.kernels.cpu.gridscan import Tables, level, nearest8, raw_tables, tables
 from quantize.kernels.cpu.gridsearch import SUPER, costs, mean_square, plain_costs
 from quantize.kernels.cpu.gridsplit import add_up, raw_sums, room, sort, split_one, split_two
-from quantize.kernels.cpu.numeric import compiled, to_half
+from quantize.kernels.cpu.loops import compiled
+from quantize.kernels.cpu.numeric import to_half
 from quantize.kernels.cpu.raw import raw
 
 if TYPE_CHECKING:

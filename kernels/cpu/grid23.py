@@ -21,7 +21,8 @@ from quantize.kernels.cpu.gridsearch import (
     search,
     take_signs,
 )
-from quantize.kernels.cpu.numeric import compiled, to_half
+from quantize.kernels.cpu.loops import compiled
+from quantize.kernels.cpu.numeric import to_half
 from quantize.kernels.cpu.raw import raw
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ import numpy as np
 
 from quantize.kernels.cpu.grids import codebook
 from quantize.kernels.cpu.lanes import load, splat, store
-from quantize.kernels.cpu.numeric import compiled, from_half
+from quantize.kernels.cpu.loops import compiled
+from quantize.kernels.cpu.numeric import from_half
 from quantize.kernels.cpu.raw import raw
 
 if TYPE_CHECKING:

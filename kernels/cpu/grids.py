@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from quantize.kernels.cpu.numeric import compiled
-
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 TILE = 8  # candidates that are scored together
+_CHUNK = 512  # lists that are made at once
 
 # The class in gguf.quants, levels per weight, and how many distinct distances make the candidate list.
 _GRIDS = {
@@ -59,11 +58,8 @@ def codebook(name: str) -> Codebook:
         name: `iq2_xxs`, `iq2_xs`, `iq2_s`, `iq3_xxs`, `iq3_s`, or `iq1` for IQ1_S and IQ1_M.
     """
     values, points, base, distances = _published(name)
-    keys = base ** points.shape[1]
-    where, first, total = _lists(points, base, keys, distances)
-    levels = np.zeros(total * TILE * points.shape[1], np.int8)
-    names = np.zeros(total * TILE, np.uint16)
-    _fill(points, base, distances, where, first, levels, names)
+    where, first, names = _candidates(points, base, distances)
+    levels = points[names].reshape(-1, TILE, points.shape[1]).transpose(0, 2, 1).reshape(-1)
     return Codebook(values, points, where, first, levels, names)
 
 
@@ -79,82 +75,44 @@ def _published(name: str) -> tuple[NDArray[np.float32], NDArray[np.int8], int, i
     return values, points, base, distances
 
 
-@compiled
-def _distances(points: Any, base: int, key: int, out: Any) -> None:
-    """Writes the squared distance of a key's point to every codebook point; neighbouring levels are 2 apart."""
-    out[:] = 0
-    rest = key
-    for i in range(points.shape[1]):
-        level = rest % base
-        rest //= base
-        for j in range(points.shape[0]):
-            step = points[j, i] - level
-            out[j] += np.int32(4 * step * step)
+def _candidates(
+    points: NDArray[np.int8], base: int, distances: int
+) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.uint16]]:
+    """Returns `where`, `first` and `names` of a codebook."""
+    count, weights = points.shape
+    places = base ** np.arange(weights)
+    where = np.full(base**weights, -1, np.int32)
+    where[points.astype(np.int64) @ places] = np.arange(count)
+    keys = np.flatnonzero(where < 0)
+    where[keys] = -1 - np.arange(keys.size)
+    names, tiles = [], np.zeros(keys.size + 1, np.int32)
+    for start in range(0, keys.size, _CHUNK):
+        levels = keys[start : start + _CHUNK, None] // places % base
+        distance = _square_distances(levels, points)
+        limit = _smallest(distance, distances)
+        rows, found = np.nonzero(distance <= limit[:, None])
+        found = found[np.lexsort((found, distance[rows, found], rows))]
+        sizes = np.bincount(rows, minlength=len(levels))
+        filled = -(-sizes // TILE) * TILE
+        tiles[start + 1 : start + 1 + len(levels)] = filled // TILE
+        # Position in a list, no further than its last candidate, plus where the list starts.
+        within = np.arange(filled.sum()) - np.repeat(np.cumsum(filled) - filled, filled)
+        at = np.minimum(within, np.repeat(sizes - 1, filled)) + np.repeat(np.cumsum(sizes) - sizes, filled)
+        names.append(found[at].astype(np.uint16))
+    return where, np.cumsum(tiles, dtype=np.int32), np.concatenate(names)
 
 
-@compiled
-def _limit(distance: Any, distinct: int) -> tuple[int, int]:
-    """Returns the largest of the `distinct` smallest different distances, and how many points are within it."""
-    limit = -1
-    for _ in range(distinct):
-        nearest = 1 << 30
-        for j in range(distance.size):
-            if limit < distance[j] < nearest:
-                nearest = distance[j]
-        if nearest == 1 << 30:
-            break
-        limit = nearest
-    return limit, np.sum(distance <= limit)
+def _square_distances(levels: NDArray[np.int64], points: NDArray[np.int8]) -> NDArray[np.float32]:
+    """Returns the squared distances [levels, points]; float32 is exact for them and has a fast product."""
+    a, b = levels.astype(np.float32), points.astype(np.float32)
+    distance: NDArray[np.float32] = (a * a).sum(1)[:, None] - 2 * (a @ b.T) + (b * b).sum(1)
+    return distance
 
 
-@compiled
-def _lists(points: Any, base: int, keys: int, distinct: int) -> tuple[Any, Any, int]:
-    """Returns `where` and `first` of a codebook, and the number of tiles."""
-    where = np.full(keys, -1, np.int32)
-    for n in range(points.shape[0]):
-        key = 0
-        for i in range(points.shape[1]):
-            key = key * base + points[n, points.shape[1] - 1 - i]
-        where[key] = n
-    first = np.zeros(keys - points.shape[0] + 1, np.int32)
-    distance = np.empty(points.shape[0], np.int32)
-    lists = 0
-    for key in range(keys):
-        if where[key] < 0:
-            _distances(points, base, key, distance)
-            count = _limit(distance, distinct)[1]
-            where[key] = -1 - lists
-            first[lists + 1] = first[lists] + (count + TILE - 1) // TILE
-            lists += 1
-    return where, first, first[lists]
-
-
-@compiled
-def _fill(points: Any, base: int, distinct: int, where: Any, first: Any, levels: Any, names: Any) -> None:
-    """Writes the candidates of every list: by distance, then by index."""
-    weights = points.shape[1]
-    distance = np.empty(points.shape[0], np.int32)
-    for key in range(where.size):
-        if where[key] >= 0:
-            continue
-        _distances(points, base, key, distance)
-        limit = _limit(distance, distinct)[0]
-        at, end = first[-1 - where[key]] * TILE, first[-where[key]] * TILE
-        nearest = -1
-        while nearest < limit:
-            following = limit
-            for j in range(distance.size):
-                if nearest < distance[j] < following:
-                    following = distance[j]
-            nearest = following
-            for j in range(distance.size):
-                if distance[j] == nearest:
-                    names[at] = j
-                    at += 1
-        while at < end:
-            names[at] = names[at - 1]
-            at += 1
-        for tile in range(first[-1 - where[key]], first[-where[key]]):
-            for i in range(weights):
-                for j in range(TILE):
-                    levels[(tile * weights + i) * TILE + j] = points[names[tile * TILE + j], i]
+def _smallest(distance: NDArray[np.float32], distinct: int) -> NDArray[np.float32]:
+    """Returns the largest of the `distinct` smallest different numbers of each row."""
+    limit: NDArray[np.float32] = distance.min(1)
+    for _ in range(distinct - 1):
+        further = np.where(distance > limit[:, None], distance, np.inf).min(1)
+        limit = np.where(np.isfinite(further), further, limit)
+    return limit

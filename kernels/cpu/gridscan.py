@@ -24,7 +24,8 @@ from quantize.kernels.cpu.lanes import (
     store_whole,
 )
 from quantize.kernels.cpu.lanes import level as levels_of
-from quantize.kernels.cpu.numeric import MAGIC, compiled
+from quantize.kernels.cpu.loops import compiled
+from quantize.kernels.cpu.numeric import MAGIC
 from quantize.kernels.cpu.raw import raw
 
 LANES = 32  # room for the tried scales of a block

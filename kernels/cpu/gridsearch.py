@@ -29,7 +29,7 @@ from quantize.kernels.cpu.lanes import (
     store,
     whole,
 )
-from quantize.kernels.cpu.numeric import compiled
+from quantize.kernels.cpu.loops import compiled
 
 SUPER = 256  # weights that share a float16 scale
 

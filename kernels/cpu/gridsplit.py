@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from quantize.kernels.cpu.lanes import WIDTH, choose, count_up, highest, less, load, maximum, splat, store
-from quantize.kernels.cpu.numeric import compiled
+from quantize.kernels.cpu.loops import compiled
 from quantize.kernels.cpu.raw import raw
 
 _WIDTH = 40  # splits of 32 weights, 33, filled up

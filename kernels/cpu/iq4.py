@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from quantize.kernels.cpu import packing
-from quantize.kernels.cpu.lean import lean, pick
+from quantize.kernels.cpu.loops import compiled
+from quantize.kernels.cpu.numeric import pick
 from quantize.kernels.cpu.tiles import (
     LANES,
     ONE,
@@ -48,7 +49,7 @@ def encode_iq4_xs(x: Any, importance: Any, out: Any) -> None:
     _encode(x, importance, out, _SUPER)
 
 
-@lean
+@compiled
 def _value(v: Any) -> Any:
     """Returns the entry of `VALUES` nearest to a float32, as float32."""
     q = _LOWEST
@@ -72,7 +73,7 @@ def _value(v: Any) -> Any:
 _HALFWAY = tuple(np.float32((a + b) / 2) for a, b in pairwise(VALUES))
 
 
-@lean
+@compiled
 def _choose(x: Any, inverse: Any, levels: Any) -> None:
     """Sets the levels of 32 weights."""
     for i in range(_BLOCK):
@@ -94,7 +95,7 @@ def _encode(x: Any, importance: Any, out: Any, size: int) -> None:
             _finish(part, scales, to, levels)
 
 
-@lean
+@compiled
 def _scan(x: Any, importance: Any, variance: Any, size: int, space: Any, scales: Any) -> None:
     """Sets the scale of each block; arguments as for `signed.scan_signed`."""
     tile, weights, _, _, _, state, spread = space
@@ -110,7 +111,7 @@ def _scan(x: Any, importance: Any, variance: Any, size: int, space: Any, scales:
             scales[start // _BLOCK + k] = state[SCALE + k]
 
 
-@lean
+@compiled
 def _search(x: Any, w: Any, state: Any) -> None:
     """Sets SCALE of each lane by weighted least squares over 16 candidates; 0 for a block of zeros."""
     find_largest(x, _BLOCK, state[_LARGEST : _LARGEST + LANES])
@@ -138,7 +139,7 @@ def _search(x: Any, w: Any, state: Any) -> None:
             state[SCALE + k] = ZERO
 
 
-@lean
+@compiled
 def _sums(x: Any, w: Any, state: Any) -> None:
     for k in range(LANES):
         state[_QX + k] = state[_QQ + k] = ZERO
@@ -154,7 +155,7 @@ def _sums(x: Any, w: Any, state: Any) -> None:
             state[_QX + k], state[_QQ + k] = a, b
 
 
-@lean
+@compiled
 def _finish(x: Any, scales: Any, out: Any, levels: Any) -> None:
     """Stores scales and the levels for them (not for the float16)."""
     for b in range(x.size // _BLOCK):
@@ -164,7 +165,7 @@ def _finish(x: Any, scales: Any, out: Any, levels: Any) -> None:
         packing.pack_nibbles(levels, 16, out, 18 * b + 2)
 
 
-@lean
+@compiled
 def _finish_super(x: Any, scales: Any, out: Any, levels: Any) -> None:
     """Rounds the scales of 8 blocks to 6 bits, and stores them and the levels for them (not for the float16)."""
     for b in range(x.size // _SUPER):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from quantize.kernels.cpu import packing
-from quantize.kernels.cpu.lean import lean
+from quantize.kernels.cpu.loops import compiled
 from quantize.kernels.cpu.offsets import scan_offset
 from quantize.kernels.cpu.scales import search_scales, search_signed_scales
 from quantize.kernels.cpu.signed import refine_signed, scan_refined, scan_signed
@@ -99,7 +99,7 @@ def _room() -> tuple[Any, ...]:
 # Q2_K, Q4_K, Q5_K: y = d * code * level - dmin * offset
 
 
-@lean
+@compiled
 def _finish_offset(
     x: Any, weighted: bool, found: Any, out: Any, bits: int, packed: Any, codes: Any, offsets: Any
 ) -> None:
@@ -149,7 +149,7 @@ def _finish_offset(
                 packing.pack_nibbles(packed[64 * i : 64 * i + 64], 32, out, at + nbytes - 128 + 32 * i)
 
 
-@lean
+@compiled
 def _round_positive(values: Any, count: int, top: Any, codes: Any) -> Any:
     """Sets codes 0 .. top of values for the unit max / top, and returns the unit."""
     largest = ZERO
@@ -162,7 +162,7 @@ def _round_positive(values: Any, count: int, top: Any, codes: Any) -> Any:
     return largest / top
 
 
-@lean
+@compiled
 def _choose_offset(
     x: Any, found: Any, first: int, length: int, d: Any, dmin: Any, codes: Any, offsets: Any, top: Any, packed: Any
 ) -> None:
@@ -183,7 +183,7 @@ def _choose_offset(
 # Q3_K, Q6_K: y = d * code * level
 
 
-@lean
+@compiled
 def _finish_q3_k(
     x: Any, weighted: bool, found: Any, out: Any, space: Any, packed: Any, codes: Any, _: Any, units: Any
 ) -> None:
@@ -213,7 +213,7 @@ def _finish_q3_k(
         packing.pack_pairs(packed, out, at + 32)
 
 
-@lean
+@compiled
 def _round_signed(scales: Any, codes: Any) -> Any:
     """Sets codes 0 .. 63 of 16 scales, 32 for zero, the largest at 0, and returns the unit; all 0 if all are zero."""
     largest = ZERO
@@ -228,7 +228,7 @@ def _round_signed(scales: Any, codes: Any) -> Any:
     return ONE / inverse
 
 
-@lean
+@compiled
 def _choose_signed(x: Any, scales: Any, inverses: Any, top: Any, packed: Any) -> bool:
     """Sets the levels of a super-block for its rounded scales.
 
@@ -256,7 +256,7 @@ def _choose_signed(x: Any, scales: Any, inverses: Any, top: Any, packed: Any) ->
     return whole
 
 
-@lean
+@compiled
 def _finish_q6_k(x: Any, found: Any, out: Any, packed: Any, units: Any) -> None:
     """Rounds scales, chooses levels and packs; arguments as for `_finish_offset`."""
     for b in range(x.size // _SUPER):

@@ -1,4 +1,4 @@
-"""What all loops share: how they are compiled, and float32 arithmetic that gives llama.cpp's bits.
+"""What all loops share: float32 arithmetic that gives llama.cpp's bits.
 
 llama.cpp's encoders add strictly in order, in float32, without fused multiply-add. So do these: nothing here may
 be compiled with `fastmath`, and speed comes from working on many blocks at once (one per SIMD lane), never from
@@ -8,43 +8,32 @@ adding in another order.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
-import numba
 import numpy as np
-from numba.core import config
+from numba import types
+from numba.extending import intrinsic
 
-from quantize.kernels.cpu.kept import code_folder
+from quantize.kernels.cpu.loops import compiled
 
-_F = TypeVar("_F", bound=Callable[..., Any])
+_intrinsic: Callable[[Any], Any] = intrinsic
 
 # 1.5 * 2**23: adding and subtracting it rounds a float32 below 2**22 to a whole number, ties to even.
 MAGIC = np.float32(12582912.0)
 
 
-def compiled(function: _F) -> _F:
-    """Compiles a function on first use, without the global lock, and keeps the machine code for the next start.
+@_intrinsic
+def pick(typing_context: Any, condition: Any, one: Any, other: Any) -> Any:
+    """Returns `one if condition else other`, as a selection and never as a branch.
 
-    Divisions by zero give Inf or NaN as in C: a branch would keep loops from being vectorised.
+    Still, where it is stored to the place that `other` was loaded from, the compiler makes a store under a condition
+    of it, and that is many times slower than storing either: loops here store elsewhere and copy.
     """
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "boundscheck": False}
-    settings: Any = config  # numba sets its names at run time
-    made: Any
-    before = settings.CACHE_DIR
-    try:
-        settings.CACHE_DIR = before or str(code_folder())
-        made = numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # no folder can be written to, or no home: compile anew in every process
-        made = numba.njit(**options)(function)
-    finally:
-        settings.CACHE_DIR = before
-    return made  # type: ignore[no-any-return]
 
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.select(*args)
 
-def inlined(function: _F) -> _F:
-    """Compiles a small helper into each of its callers."""
-    made: Any = numba.njit(error_model="numpy", boundscheck=False, inline="always")(function)
-    return made  # type: ignore[no-any-return]
+    return one(types.boolean, one, one), build
 
 
 @compiled

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from quantize.kernels.cpu.lean import lean, pick
+from quantize.kernels.cpu.loops import compiled
+from quantize.kernels.cpu.numeric import pick
 from quantize.kernels.cpu.tiles import (
     BASE,
     BEST,
@@ -37,7 +38,7 @@ from quantize.kernels.cpu.tiles import (
 )
 
 
-@lean
+@compiled
 def scan_offset(
     x: Any, importance: Any, variance: Any, size: int, bits: int, plan: Any, space: Any, found: Any
 ) -> None:
@@ -69,7 +70,7 @@ def scan_offset(
         keep(state, start // length, count, found)
 
 
-@lean
+@compiled
 def search_offset(
     x: Any, w: Any, levels: Any, length: int, top: Any, first: Any, step: Any, steps: int, absolute: bool, state: Any
 ) -> None:
@@ -106,7 +107,7 @@ def search_offset(
             state[LOW + k] = state[BASE + k] = state[FLOOR + k]
 
 
-@lean
+@compiled
 def _span(x: Any, w: Any, length: int, top: Any, state: Any) -> None:
     for k in range(LANES):
         state[FLOOR + k] = state[HIGH + k] = x[k]
@@ -129,7 +130,7 @@ def _span(x: Any, w: Any, length: int, top: Any, state: Any) -> None:
         state[SCALE + k] = state[TRY_SCALE + k] = ONE / inverse
 
 
-@lean
+@compiled
 def _set_levels(x: Any, w: Any, levels: Any, length: int, top: Any, state: Any) -> None:
     for k in range(LANES):
         state[SUM_L + k] = state[SUM_LL + k] = state[SUM_XL + k] = ZERO
@@ -149,7 +150,7 @@ def _set_levels(x: Any, w: Any, levels: Any, length: int, top: Any, state: Any) 
             state[SUM_L + k], state[SUM_LL + k], state[SUM_XL + k] = a, b, c
 
 
-@lean
+@compiled
 def _fit(state: Any) -> None:
     for k in range(LANES):
         sw, sx, sl, sll, sxl = (
@@ -168,7 +169,7 @@ def _fit(state: Any) -> None:
         state[SUM_L + k] = d
 
 
-@lean
+@compiled
 def _errors(x: Any, w: Any, levels: Any, length: int, absolute: bool, state: Any) -> None:
     for k in range(LANES):
         state[ERROR + k] = ZERO
@@ -190,7 +191,7 @@ def _errors(x: Any, w: Any, levels: Any, length: int, absolute: bool, state: Any
                 state[ERROR + k] = error
 
 
-@lean
+@compiled
 def _accept_offset(state: Any) -> None:
     for k in range(LANES):
         better = (state[SUM_L + k] > ZERO) & (state[ERROR + k] < state[BEST + k])

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from quantize.kernels.cpu.lean import lean
+from quantize.kernels.cpu.loops import compiled
 from quantize.kernels.cpu.numeric import from_half, to_half
 
 _LARGEST_HALF = np.float32(65504)
 
 
-@lean
+@compiled
 def put_half(value: Any, out: Any, at: int) -> Any:
     """Stores the nearest float16, little-endian, and returns its value.
 
@@ -30,13 +30,13 @@ def put_half(value: Any, out: Any, at: int) -> Any:
     return from_half(np.uint16(bits))
 
 
-@lean
+@compiled
 def get_half(blocks: Any, at: int) -> Any:
     """Returns the float16 at `at` as float32."""
     return from_half(np.uint16(np.int64(blocks[at]) | (np.int64(blocks[at + 1]) << 8)))
 
 
-@lean
+@compiled
 def pack_nibbles(levels: Any, half: int, out: Any, at: int) -> None:
     """Packs 2 * half levels of 4 bits: byte i holds level i (low) and level half + i (high). More bits are cut off."""
     low, high, packed = levels[:half], levels[half : 2 * half], out[at : at + half]
@@ -44,7 +44,7 @@ def pack_nibbles(levels: Any, half: int, out: Any, at: int) -> None:
         packed[i] = (low[i] & 15) | (high[i] << 4)
 
 
-@lean
+@compiled
 def pack_fifth_bits(levels: Any, out: Any, at: int) -> None:
     """Packs bit 4 of 32 levels: bit i of a little-endian uint32 belongs to level i."""
     bits = np.int64(0)
@@ -54,7 +54,7 @@ def pack_fifth_bits(levels: Any, out: Any, at: int) -> None:
         out[at + byte] = bits >> 8 * byte & 255
 
 
-@lean
+@compiled
 def pack_pairs(levels: Any, out: Any, at: int) -> None:
     """Packs the low 2 bits of 256 levels: bits 2t of byte 32g + r belong to level 128g + 32t + r."""
     packed = out[at : at + 64]
@@ -65,7 +65,7 @@ def pack_pairs(levels: Any, out: Any, at: int) -> None:
             packed[32 * group + r] = low | ((levels[i + 64] & 3) << 4) | (levels[i + 96] << 6)
 
 
-@lean
+@compiled
 def pack_bit_planes(levels: Any, bit: int, out: Any, at: int) -> None:
     """Packs one bit of 256 levels: bit i // 32 of byte i % 32 belongs to level i."""
     packed = out[at : at + 32]
@@ -76,7 +76,7 @@ def pack_bit_planes(levels: Any, bit: int, out: Any, at: int) -> None:
         packed[r] = byte
 
 
-@lean
+@compiled
 def pack_sixes(levels: Any, out: Any, at: int) -> None:
     """Packs 256 levels of 6 bits as Q6_K has them: 128 bytes of low nibbles, then 64 of high pairs."""
     packed = out[at : at + 192]
@@ -89,7 +89,7 @@ def pack_sixes(levels: Any, out: Any, at: int) -> None:
             packed[128 + 32 * group + r] = (a >> 4) | (b >> 4 << 2) | (c >> 4 << 4) | (d >> 4 << 6)
 
 
-@lean
+@compiled
 def pack_scale_pairs(codes: Any, offsets: Any, out: Any, at: int) -> None:
     """Packs 8 pairs of 6-bit numbers into 12 bytes, as Q4_K and Q5_K have them, and reads them back.
 
@@ -107,7 +107,7 @@ def pack_scale_pairs(codes: Any, offsets: Any, out: Any, at: int) -> None:
     get_scale_pairs(out, at, codes, offsets)
 
 
-@lean
+@compiled
 def get_scale_pairs(blocks: Any, at: int, codes: Any, offsets: Any) -> None:
     """Undoes `pack_scale_pairs`."""
     for j in range(4):
@@ -116,7 +116,7 @@ def get_scale_pairs(blocks: Any, at: int, codes: Any, offsets: Any) -> None:
         offsets[j], offsets[j + 4] = b & 63, (c >> 4) | (b >> 6 << 4)
 
 
-@lean
+@compiled
 def pack_signed_scales(codes: Any, out: Any, at: int) -> None:
     """Packs 16 numbers of 6 bits into 12 bytes as Q3_K has them: low nibbles first, then pairs of high bits."""
     for j in range(8):
@@ -126,7 +126,7 @@ def pack_signed_scales(codes: Any, out: Any, at: int) -> None:
         out[at + 8 + j] = (a >> 4) | (b >> 4 << 2) | (c >> 4 << 4) | (d >> 4 << 6)
 
 
-@lean
+@compiled
 def get_signed_scale(blocks: Any, at: int, j: int) -> Any:
     """Returns number j of `pack_signed_scales`."""
     low = np.int64(blocks[at + j]) & 15 if j < 8 else np.int64(blocks[at + j - 8]) >> 4

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from quantize.kernels.cpu.lean import lean
+from quantize.kernels.cpu.loops import compiled
 from quantize.kernels.cpu.tiles import (
     ONE,
     TINY,
@@ -18,7 +18,7 @@ from quantize.kernels.cpu.tiles import (
 _TENTH = np.float32(0.1)
 
 
-@lean
+@compiled
 def search_scales(x: Any, w: Any, count: int, top: Any, codes: Any) -> Any:
     """Finds the weighted least squares scale of values that are not negative, x ~ scale * code, code 0 .. top.
 
@@ -71,7 +71,7 @@ def search_scales(x: Any, w: Any, count: int, top: Any, codes: Any) -> Any:
     return sxl / sll if sll > ZERO else ZERO
 
 
-@lean
+@compiled
 def _scales_error(x: Any, w: Any, count: int, inverse: Any, top: Any, wraps: bool) -> Any:
     scale, error = ONE / inverse, ZERO
     for i in range(count):
@@ -82,7 +82,7 @@ def _scales_error(x: Any, w: Any, count: int, inverse: Any, top: Any, wraps: boo
     return error
 
 
-@lean
+@compiled
 def search_signed_scales(x: Any, w: Any, count: int, top: Any, codes: Any) -> Any:
     """Does what `search_signed` does, for one block.
 

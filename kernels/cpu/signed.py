@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from quantize.kernels.cpu.lean import lean, pick
+from quantize.kernels.cpu.loops import compiled
+from quantize.kernels.cpu.numeric import pick
 from quantize.kernels.cpu.tiles import (
     BEST,
     ERROR,
@@ -37,7 +38,7 @@ _TENTH = np.float32(0.1)
 _ALMOST_HALF = np.float32(0.4999)
 
 
-@lean
+@compiled
 def scan_signed(
     x: Any, importance: Any, variance: Any, size: int, length: int, top: Any, space: Any, found: Any
 ) -> None:
@@ -66,7 +67,7 @@ def scan_signed(
         keep(state, start // length, count, found)
 
 
-@lean
+@compiled
 def scan_refined(x: Any, pending: Any, space: Any, scales: Any) -> None:
     """Sets the scales of all blocks of 16 as `refine_signed` finds them, with 4 levels on one side.
 
@@ -100,7 +101,7 @@ def scan_refined(x: Any, pending: Any, space: Any, scales: Any) -> None:
                 queued = 0
 
 
-@lean
+@compiled
 def _gather(x: Any, pending: Any, count: int, tile: Any) -> None:
     for k in range(LANES):
         first = 16 * pending[min(k, count - 1)]
@@ -109,7 +110,7 @@ def _gather(x: Any, pending: Any, count: int, tile: Any) -> None:
             tile[i * LANES + k] = values[i]
 
 
-@lean
+@compiled
 def search_signed(x: Any, w: Any, wx: Any, length: int, top: Any, state: Any) -> None:
     """Finds each lane's scale by weighted least squares over 19 candidates.
 
@@ -143,7 +144,7 @@ def search_signed(x: Any, w: Any, wx: Any, length: int, top: Any, state: Any) ->
             state[SCALE + k] = state[INVERSE + k] = ZERO
 
 
-@lean
+@compiled
 def _signed_sums(x: Any, w: Any, wx: Any, length: int, top: Any, state: Any) -> None:
     low, high = -top, top - ONE
     for k in range(LANES):
@@ -160,7 +161,7 @@ def _signed_sums(x: Any, w: Any, wx: Any, length: int, top: Any, state: Any) -> 
             state[SUM_LL + k], state[SUM_XL + k] = b, c
 
 
-@lean
+@compiled
 def _accept_signed(state: Any) -> None:
     for k in range(LANES):
         sxl, sll = state[SUM_XL + k], state[SUM_LL + k]
@@ -173,7 +174,7 @@ def _accept_signed(state: Any) -> None:
         state[k] = state[NEXT + k]
 
 
-@lean
+@compiled
 def settle_signed(x: Any, length: int, top: Any, state: Any) -> None:
     """Finds the scale of the lanes whose levels `refine_signed` would not change; most are such.
 
@@ -219,7 +220,7 @@ def settle_signed(x: Any, length: int, top: Any, state: Any) -> None:
         state[WEIGHT + k] = pick(zero, ZERO, state[WEIGHT + k])
 
 
-@lean
+@compiled
 def refine_signed(x: Any, w: Any, wx: Any, levels: Any, length: int, top: Any, state: Any) -> None:
     """Finds each lane's scale by changing one level at a time, at most five times round, with weights x**2.
 
@@ -259,7 +260,7 @@ def refine_signed(x: Any, w: Any, wx: Any, levels: Any, length: int, top: Any, s
                 levels[i + k] = low
 
 
-@lean
+@compiled
 def _sweep(x: Any, w: Any, wx: Any, levels: Any, length: int, low: Any, high: Any, state: Any) -> Any:
     """Tries a better level for each value in turn; returns whether any lane changed."""
     for k in range(LANES):

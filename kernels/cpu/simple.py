@@ -17,7 +17,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from quantize.kernels.cpu import packing
-from quantize.kernels.cpu.lean import lean
+from quantize.kernels.cpu.loops import compiled
 from quantize.kernels.cpu.numeric import MAGIC
 from quantize.kernels.cpu.offsets import scan_offset
 from quantize.kernels.cpu.signed import scan_signed
@@ -66,7 +66,7 @@ def _encode(x: Any, importance: Any, out: Any, offset: bool, bits: int) -> None:
     plain(flat, flat.view(np.int32), out.reshape(-1), bits, _BLOCK)
 
 
-@lean
+@compiled
 def largest_bits(bits: Any, at: int, count: int) -> Any:
     """Returns the bits of the largest |x| of a block, given the bits of all x as int32."""
     most, block = np.int32(0), bits[at : at + count]
@@ -96,7 +96,7 @@ def _bit_extremes(typing_context: Any, bits: Any) -> Any:
     return types.UniTuple(types.int32, 3)(bits), build  # type: ignore[no-untyped-call]
 
 
-@lean
+@compiled
 def round_away(value: Any) -> Any:
     """Returns a float32 below 2**22 rounded to a whole number, halves away from zero."""
     size = abs(value)
@@ -105,7 +105,7 @@ def round_away(value: Any) -> Any:
     return -whole if value < ZERO else whole
 
 
-@lean
+@compiled
 def _encode_signed(x: Any, bits: Any, out: Any, width: int, length: int) -> None:
     """Encodes to Q4_0 or Q5_0: the weight of largest size gets the lowest level."""
     nbytes, middle = 2 + 4 * width, np.float32((1 << width - 1) + 0.5)
@@ -119,7 +119,7 @@ def _encode_signed(x: Any, bits: Any, out: Any, width: int, length: int) -> None
         _put_levels(block, ZERO, inverse, shift, width, out[to + 2 : to + nbytes])
 
 
-@lean
+@compiled
 def _signed_largest(x: Any, bits: Any) -> Any:
     """Returns the weight of largest size in a block, the first of several; +0 if all are zero."""
     above, below, _ = _bit_extremes(bits)
@@ -133,7 +133,7 @@ def _signed_largest(x: Any, bits: Any) -> Any:
     return ZERO
 
 
-@lean
+@compiled
 def _encode_offset(x: Any, bits: Any, out: Any, width: int, length: int) -> None:
     """Encodes to Q4_1 or Q5_1: the grid spans the block."""
     nbytes, top = 4 + 4 * width, np.float32((1 << width) - 1)
@@ -149,7 +149,7 @@ def _encode_offset(x: Any, bits: Any, out: Any, width: int, length: int) -> None
         _put_levels(block, low, inverse, _HALF, width, out[to + 4 : to + nbytes])
 
 
-@lean
+@compiled
 def _extremes(x: Any, bits: Any) -> Any:
     """Returns least and greatest weight of a block; a least of zero has the sign of the first zero."""
     above, below, least = _bit_extremes(bits)
@@ -163,7 +163,7 @@ def _extremes(x: Any, bits: Any) -> Any:
     return low, high
 
 
-@lean
+@compiled
 def _put_levels(x: Any, low: Any, inverse: Any, shift: Any, width: int, out: Any) -> None:
     """Stores the levels of (x - low) * inverse + shift, cut off below the point: fifth bits, if any, then nibbles."""
     half, top = x.size // 2, np.int32((1 << width) - 1)
@@ -181,7 +181,7 @@ def _put_levels(x: Any, low: Any, inverse: Any, shift: Any, width: int, out: Any
         packed[i] = ((a if a < top else top) & 15) | ((b if b < top else top) << 4)
 
 
-@lean
+@compiled
 def _encode_q8_0(x: Any, bits: Any, out: Any) -> None:
     for at in range(0, x.size, _BLOCK):
         d = np.int32(largest_bits(bits, at, _BLOCK)).view(np.float32) / np.float32(127)
@@ -208,7 +208,7 @@ def _encode_weighted(x: Any, importance: Any, out: Any, offset: bool, width: int
         _finish(part, found, to, offset, width, levels)
 
 
-@lean
+@compiled
 def _finish(x: Any, found: Any, out: Any, offset: bool, width: int, levels: Any) -> None:
     """Stores scales, offsets and the levels that the search ended with."""
     scales, inverses, lows, bases, _ = found

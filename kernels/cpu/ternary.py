@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from quantize.kernels.cpu import packing
-from quantize.kernels.cpu.lean import lean
+from quantize.kernels.cpu.loops import compiled
 from quantize.kernels.cpu.simple import largest_bits, round_away
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
@@ -37,7 +37,7 @@ def encode_tq2_0(x: Any, importance: Any, out: Any) -> None:
     _encode_ternary(flat, flat.view(np.int32), out.reshape(-1), False, np.empty(_SUPER, np.uint8))
 
 
-@lean
+@compiled
 def _encode_q1_0(x: Any, out: Any) -> None:
     for at in range(0, x.size, 128):
         total = _ZERO
@@ -52,14 +52,14 @@ def _encode_q1_0(x: Any, out: Any) -> None:
             out[to + 2 + byte] = bits
 
 
-@lean
+@compiled
 def _inverse(d: Any) -> Any:
     """Returns 1 / d, or 0 where that is not finite."""
     inverse = _ONE / d if d > _ZERO else _ZERO
     return _ZERO if np.isinf(inverse) else inverse
 
 
-@lean
+@compiled
 def _encode_q2_0(x: Any, bits: Any, out: Any, levels: Any) -> None:
     for at in range(0, x.size, 64):
         d = np.int32(largest_bits(bits, at, 64)).view(np.float32)
@@ -74,7 +74,7 @@ def _encode_q2_0(x: Any, bits: Any, out: Any, levels: Any) -> None:
             out[to + 2 + i] = low | (levels[4 * i + 2] << 4) | (levels[4 * i + 3] << 6)
 
 
-@lean
+@compiled
 def _encode_ternary(x: Any, bits: Any, out: Any, fives: bool, levels: Any) -> None:
     nbytes = 54 if fives else 66
     for at in range(0, x.size, _SUPER):
@@ -92,7 +92,7 @@ def _encode_ternary(x: Any, bits: Any, out: Any, fives: bool, levels: Any) -> No
             packing.pack_pairs(levels, out, to)
 
 
-@lean
+@compiled
 def _pack_digits(levels: Any, width: int, digits: int, out: Any, at: int) -> None:
     """Packs base-3 digits, `width` apart: as 256 / 243 of their value, so that a reader gets them by multiplying."""
     for i in range(width):

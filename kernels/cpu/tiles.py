@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from quantize.kernels.cpu.lean import lean, pick
-from quantize.kernels.cpu.numeric import MAGIC
+from quantize.kernels.cpu.loops import compiled
+from quantize.kernels.cpu.numeric import MAGIC, pick
 
 LANES = 64
 LONGEST = 32  # values in a block at most
@@ -53,7 +53,7 @@ def workspace() -> tuple[Any, ...]:
     return (*tiles, np.zeros(2 * STATE, np.float32), np.zeros(LANES, np.float32))
 
 
-@lean
+@compiled
 def nearest(value: Any) -> Any:
     """Returns a float32 rounded to a whole number, ties to even.
 
@@ -63,7 +63,7 @@ def nearest(value: Any) -> Any:
     return np.int32((bits & 0x7FFFFF) | 0x4B000000).view(np.float32) - MAGIC
 
 
-@lean
+@compiled
 def level(value: Any, low: Any, high: Any) -> Any:
     """Returns `nearest(value)` within `low` and `high`."""
     whole = nearest(value)
@@ -71,7 +71,7 @@ def level(value: Any, low: Any, high: Any) -> Any:
     return pick(whole < high, whole, high)
 
 
-@lean
+@compiled
 def near_level(value: Any, low: Any, high: Any) -> Any:
     """Does what `level` does for values below 2**22."""
     whole = (value + MAGIC) - MAGIC
@@ -79,7 +79,7 @@ def near_level(value: Any, low: Any, high: Any) -> Any:
     return pick(whole < high, whole, high)
 
 
-@lean
+@compiled
 def load(source: Any, start: int, count: int, length: int, period: int, tile: Any) -> None:
     """Fills a tile with `count` blocks of `length` values from `source[start % period]` on; other lanes become 0.
 
@@ -101,21 +101,21 @@ def load(source: Any, start: int, count: int, length: int, period: int, tile: An
             tile[i * LANES + lane] = ZERO
 
 
-@lean
+@compiled
 def weigh_square(x: Any, length: int, w: Any) -> None:
     """Weights x**2."""
     for i in range(length * LANES):
         w[i] = x[i] * x[i]
 
 
-@lean
+@compiled
 def weigh_size(x: Any, length: int, w: Any) -> None:
     """Weights |x|."""
     for i in range(length * LANES):
         w[i] = abs(x[i])
 
 
-@lean
+@compiled
 def weigh_spread(x: Any, length: int, w: Any, state: Any) -> None:
     """Weights |x| plus the root mean square of the block."""
     for k in range(LANES):
@@ -132,7 +132,7 @@ def weigh_spread(x: Any, length: int, w: Any, state: Any) -> None:
             weight[k] = state[k] + abs(v[k])
 
 
-@lean
+@compiled
 def weigh_importance(x: Any, length: int, w: Any, variance: Any) -> None:
     """Weights importance * sqrt(variance + x**2).
 
@@ -148,7 +148,7 @@ def weigh_importance(x: Any, length: int, w: Any, variance: Any) -> None:
             weight[k] = weight[k] * np.sqrt(variance[k] + v[k] * v[k])
 
 
-@lean
+@compiled
 def sum_weights(w: Any, length: int, state: Any) -> None:
     """Sets WEIGHT to the sum of each lane's weights."""
     for k in range(LANES):
@@ -159,7 +159,7 @@ def sum_weights(w: Any, length: int, state: Any) -> None:
             state[WEIGHT + k] += weight[k]
 
 
-@lean
+@compiled
 def find_largest(x: Any, length: int, largest: Any) -> None:
     """Sets `largest` (float32 [64]) to each lane's value of largest size, the first of several."""
     for k in range(LANES):
@@ -173,7 +173,7 @@ def find_largest(x: Any, length: int, largest: Any) -> None:
             largest[k] = m
 
 
-@lean
+@compiled
 def mean_squares(x: Any, size: int, factor: Any, out: Any) -> None:
     """Sets `out[i]` to factor * mean of x**2 over the i-th `size` values, added in order."""
     for i in range(x.size // size):
@@ -183,7 +183,7 @@ def mean_squares(x: Any, size: int, factor: Any, out: Any) -> None:
         out[i] = factor * total / np.float32(size)
 
 
-@lean
+@compiled
 def load_importance(
     importance: Any, variance: Any, size: int, start: int, count: int, length: int, tile: Any, w: Any, spread: Any
 ) -> None:
@@ -207,7 +207,7 @@ def load_importance(
         weigh_importance(tile, length, w, spread)
 
 
-@lean
+@compiled
 def keep(state: Any, first: int, count: int, found: Any) -> None:
     """Copies the results of `count` lanes to arrays of all blocks, from block `first` on.
 

@@ -6,13 +6,13 @@ from typing import Any
 
 import ggml_cases
 import gguf
+import numba
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantize.kernels.cpu import ggml, grids, lanes
-from quantize.kernels.cpu.numeric import compiled
 from quantize.kernels.cpu.raw import raw
 
 COLS = 512
@@ -126,7 +126,7 @@ def test_error_falls_with_bits_and_importance_moves_it() -> None:
         assert (np.square(kept(x, name, None) - x) * weights).sum() / scale > errors[name]
 
 
-@compiled
+@numba.njit
 def _each(a: Any, b: Any, out: Any) -> Any:
     x, y, to = lanes.load(raw(a), 0), lanes.load(raw(b) + 1, 0), raw(out)
     results = (

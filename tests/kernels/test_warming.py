@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from quantize.kernels.cpu import ggml
+
 _CODE = """
 from quantize.kernels.cpu import ggml
 warming = ggml.Warming(["q8_0", "f32"])
@@ -27,7 +29,7 @@ def test_a_type_is_compiled_once(tmp_path: Path) -> None:
     assert done.stdout.split("\n")[:2] == ["['q8_0']", "[]"]
     (folder,) = (tmp_path / "quantize" / "compiled").iterdir()
     assert (folder / "q8_0.ready").exists()
-    assert list(folder.rglob("*.nbc"))
+    assert list(folder.rglob("*.o"))
 
 
 def test_a_folder_that_cannot_be_written_to_only_costs_time(tmp_path: Path) -> None:
@@ -45,3 +47,8 @@ def test_a_folder_that_cannot_be_written_to_only_costs_time(tmp_path: Path) -> N
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "127"
+
+
+def test_every_type_has_a_family() -> None:
+    names = [name for family in ggml._FAMILIES for name in family]
+    assert sorted(names) == sorted(ggml.ENCODERS)
