@@ -112,7 +112,9 @@ def _rules(path: Path, dynamic: Mapping[str, Any]) -> Iterator[Rule]:
         try:
             pattern = re.compile(text.removeprefix("-:").removeprefix("+:"))
         except re.error as error:
-            raise InputError(f"{path}: 'dynamic' holds the pattern '{text}': {error}") from error
+            raise InputError(
+                f"{path}: 'dynamic' holds the pattern '{text}': {error}", "its config is broken: download it again"
+            ) from error
         yield Rule(pattern, None if text.startswith("-:") else dict(changes or {}))
 
 
