@@ -20,9 +20,11 @@ from typing import Any
 
 from torch import Tensor
 
+from quantize.checksums import Run, joined
 from quantize.errors import InputError, ResourceError, UsageError, VerificationError, system_errors
 from quantize.formats.base import Layout
 from quantize.formats.container import tensor_bytes, write_all
+from quantize.ranks import ALONE, Ranks
 
 # The report in an output: a folder with it is ours, and it lists the files that we put there.
 REPORT = "quantize.json"
@@ -156,6 +158,7 @@ class OutputFolder:
         fingerprint: Hash of everything that decides the bytes.
         restart: Whether to drop an unfinished run instead of continuing it.
         loose: Whether the output is its files, side by side in the folder of `out`, and no folder of its own.
+        ranks: Those that fill it together: all put arrays or runs of their rows, the first does everything else.
 
     Raises:
         UsageError: `<out>.partial` is not ours, or another run is at work in it.
@@ -164,9 +167,16 @@ class OutputFolder:
     """
 
     def __init__(
-        self, out: Path, files: Mapping[str, Layout], fingerprint: str, restart: bool, loose: bool = False
+        self,
+        out: Path,
+        files: Mapping[str, Layout],
+        fingerprint: str,
+        restart: bool,
+        loose: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.out = out
+        self._ranks = ranks
         self._loose = loose
         self.path = partial_path(out)
         self.records: dict[str, dict[str, Any]] = {}
@@ -174,9 +184,18 @@ class OutputFolder:
         self._where: dict[str, tuple[str, int, int]] = {}
         self._sums: dict[str, int] = {}
         self._done: set[str] = set()
-        self._fresh: dict[str, None] = {}
+        self._fresh: dict[str, list[Run]] = {}
         self._fresh_records: dict[str, None] = {}
         self._open: dict[str, int] = {}
+        self._journal = -1
+        if ranks.first:
+            self._take(fingerprint, restart)
+        self._sums, self.records = ranks.from_first(lambda: (self._sums, self.records))
+        if not ranks.first:
+            self._join()
+
+    def _take(self, fingerprint: str, restart: bool) -> None:
+        """Makes the unfinished folder ours: one to continue, or a new one with its files laid out."""
         with self._system_errors():
             self._journal = self._claim()
         found = False
@@ -185,7 +204,7 @@ class OutputFolder:
                 found = not restart and self._resume(fingerprint)
                 if not found:
                     self._begin(fingerprint)
-                for name, layout in files.items():
+                for name, layout in self._files.items():
                     self._lay_out(name, layout)
                 self._drop_broken()
         except ResourceError:
@@ -194,6 +213,14 @@ class OutputFolder:
         except BaseException:
             self.close()
             raise
+
+    def _join(self) -> None:
+        """Opens the files that the first rank has laid out."""
+        with self._system_errors():
+            for name, layout in self._files.items():
+                self._open[name] = os.open(self.path / name, os.O_RDWR)
+                self._know(name, layout)
+        self._done |= self._sums.keys()
 
     @staticmethod
     def reserved_bytes(out: Path) -> int:
@@ -211,40 +238,62 @@ class OutputFolder:
         for name, tensor in arrays.items():
             self.put_parts(name, [tensor])
 
-    def put_parts(self, name: str, parts: Iterable[Tensor]) -> None:
-        """Writes one array given as consecutive runs of rows."""
-        file, start, nbytes = self._where[name]
-        written = total = 0
+    def put_parts(self, name: str, parts: Iterable[Tensor], start: int = 0) -> None:
+        """Writes consecutive runs of rows of an array, from its byte `start` on; all of it must come before `commit`.
+
+        What a rank puts of one array comes in the order of its bytes.
+        """
+        file, offset, nbytes = self._where[name]
+        runs = self._fresh.setdefault(name, [])
+        end, total = start, 0
+        if runs and sum(runs[-1][:2]) == start:
+            start, _, total = runs.pop()
         for part in parts:
             data = tensor_bytes(part)
-            assert written + len(data) <= nbytes, (name, written + len(data), nbytes)
+            assert end + len(data) <= nbytes, (name, end + len(data), nbytes)
             total = zlib.crc32(data, total)
             with self._system_errors():
-                write_all(self._open[file], data, start + written)
-            written += len(data)
-        assert written == nbytes, (name, written, nbytes)
-        self._sums[name] = total
-        self._fresh[name] = None
+                write_all(self._open[file], data, offset + end)
+            end += len(data)
+        runs.append((start, end - start, total))
 
     def commit(self) -> None:
-        """Makes what was put since the last commit survive a crash: data first, then the journal's word."""
+        """Makes what all ranks put since the last commit survive a crash: data first, then the journal's word."""
         with self._system_errors():
             for file in {self._where[name][0] for name in self._fresh}:
                 _sync_data(self._open[file])
+        fresh: dict[str, list[Run]] = {}
+        for put in self._ranks.gather(self._fresh):
+            for name, runs in put.items():
+                fresh.setdefault(name, []).extend(runs)
+        for name, runs in fresh.items():
+            total = joined(runs, self._where[name][2])
+            assert total is not None, (name, self._where[name], runs)
+            self._sums[name] = total
+        if self._ranks.first:
             # records first: an array that counts as done is not made again, nor is what was said of it
             notes = [{"record": name, "value": self.records[name]} for name in self._fresh_records]
-            self._note(*notes, *({"done": name, "crc32": self._sums[name]} for name in self._fresh))
-        self._done |= self._fresh.keys()
+            with self._system_errors():
+                self._note(*notes, *({"done": name, "crc32": self._sums[name]} for name in fresh))
+        self._done |= fresh.keys()
         self._fresh.clear()
         self._fresh_records.clear()
 
     def record(self, name: str, value: Mapping[str, Any]) -> None:
-        """Keeps what the report will say of a part; it is as durable as the arrays of the next `commit`."""
+        """Keeps what the report will say of a part; it is as durable as the arrays of the next `commit`.
+
+        All ranks say the same.
+        """
         self.records[name] = dict(value)
         self._fresh_records[name] = None
 
     def write_side_files(self, copied: Mapping[str, Path], written: Mapping[str, str]) -> None:
         """Puts the files that are no weights; `written` gives texts by name and wins over `copied`."""
+        if self._ranks.first:
+            self._write_side_files(copied, written)
+        self._ranks.agree()
+
+    def _write_side_files(self, copied: Mapping[str, Path], written: Mapping[str, str]) -> None:
         with self._system_errors():
             for name, source in copied.items():
                 if name not in written:
@@ -269,7 +318,7 @@ class OutputFolder:
         Raises:
             VerificationError: one is missing or differs.
         """
-        for name, (file, offset, nbytes) in self._where.items():
+        for name, (file, offset, nbytes) in self._ranks.share(self._where.items(), lambda item: item[1][2]):
             if name not in self._sums:
                 raise VerificationError(f"{self.path / file}: tensor '{name}' was never written")
             if self._checksum(file, offset, nbytes) != self._sums[name]:
@@ -281,6 +330,10 @@ class OutputFolder:
         Raises:
             ResourceError: something else has taken the name, or the disk fails; the finished work stays.
         """
+        self._ranks.agree()  # nobody reads any more
+        if not self._ranks.first:
+            self.close()
+            return
         with self._system_errors():
             for file in (*self.path.rglob("*"), self.path):
                 if file.is_file() or file.is_dir():
@@ -312,7 +365,8 @@ class OutputFolder:
 
     def discard(self) -> None:
         """Closes and removes the unfinished folder."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        if self._ranks.first:
+            shutil.rmtree(self.path, ignore_errors=True)
         self.close()
 
     def _move_files(self) -> None:
@@ -387,6 +441,9 @@ class OutputFolder:
         self._open[name] = descriptor
         _reserve(descriptor, layout.size)
         write_all(descriptor, layout.header, 0)
+        self._know(name, layout)
+
+    def _know(self, name: str, layout: Layout) -> None:
         self._where.update((array, (name, offset, nbytes)) for array, (offset, nbytes) in layout.where.items())
 
     def _drop_broken(self) -> None:
