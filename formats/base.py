@@ -111,6 +111,22 @@ class CheckpointView:
         return self._base.side_files
 
 
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """Where a text shows what the columns of a tensor are multiplied with.
+
+    Attributes:
+        names: Stored tensors, experts in order.
+        mark: What of them: their inputs in `x @ W.T` when empty, else `TURNED` or `OUTPUT`.
+        order: Column k is channel `order[k]` of what is observed, int64 `[columns]`, or `[matrices, columns]` where
+            each matrix has its own; None where they are the same.
+    """
+
+    names: tuple[str, ...]
+    mark: str = ""
+    order: Tensor | None = None
+
+
 class NamedView(Checkpoint, Protocol):
     """A model under the names of a format that has its own, as `Format.view` of such a format gives it."""
 
@@ -122,6 +138,9 @@ class NamedView(Checkpoint, Protocol):
 
     def same_columns(self, name: str) -> bool:
         """Returns whether a tensor's input columns are those of its sources, so that statistics carry over."""
+
+    def observed(self, name: str) -> Observed | None:
+        """Returns where a text shows what a tensor's columns are multiplied with, or None where it does not."""
 
     def required_float(self, name: str) -> bool:
         """Returns whether engines want a tensor in float32 whatever the source has it in."""

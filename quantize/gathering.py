@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import cast
 
@@ -11,15 +11,15 @@ from quantize.calib_data import CalibrationText
 from quantize.calibration import calibration_text, open_sweep
 from quantize.checkpoint import open_checkpoint, refuse_nan
 from quantize.formats import named
-from quantize.formats.base import Checkpoint, NamedView
-from quantize.formats.gguf.imatrix import ImportanceMatrix
+from quantize.formats.base import OUTPUT, TURNED, Checkpoint, NamedView, Observed
+from quantize.formats.gguf.imatrix import Importance, ImportanceMatrix
 from quantize.imatrix import SiteOf, gather
 from quantize.parallel import default_threads, one_torch_thread
 from quantize.progress import Progress
 from quantize.settings import Settings
 from quantize.skeleton import Skeleton
 from quantize.statistics import Squares
-from quantize.sweep import Site, Stage
+from quantize.sweep import Site
 
 _STACK = 3
 
@@ -70,12 +70,15 @@ def gather_importance(
     Raises:
         InputError: a weight is NaN or Inf.
     """
+    names = [name for name in view.tensors if len(view.tensors[name].shape) > 1]
+    observed = {name: found for name in names if (found := view.observed(name)) is not None}
+    wanted = _sites(observed.values(), skeleton)
     seen: dict[Site, Squares] = {}
     with open_sweep(settings, skeleton, checkpoint, text, threads, folder) as sweep:
         for stage in sweep.stages():
             if not settings.allow_nan:
                 refuse_nan(checkpoint, stage.weights)
-            sites = _sites(stage, skeleton)
+            sites = [site for site in wanted if site[0].startswith(f"{stage.path}.")]
             found = stage.run({site: str(number) for number, site in enumerate(sites)}, Squares)
             for number, site in enumerate(sites):
                 if (part := found.get(str(number))) is not None:
@@ -83,25 +86,29 @@ def gather_importance(
                     seen[site] = seen[site].merge(part) if site in seen else part
             if stage.path in skeleton.blocks:
                 progress("gathering", skeleton.blocks.index(stage.path) + 1, len(skeleton.blocks))
-    names = [name for name in view.tensors if len(view.tensors[name].shape) > 1]
-    sources = {name: view.sources(name) for name in names if view.same_columns(name)}
+    entries: dict[str, Importance] = {}
     shapes = {name: view.tensors[name].shape for name in names}
-    entries = gather(sources, _site_of(seen, skeleton), shapes=shapes)
+    columns = {name: found.order for name, found in observed.items() if found.order is not None}
+    for mark in ("", TURNED, OUTPUT):
+        sources = {name: found.names for name, found in observed.items() if found.mark == mark}
+        entries |= gather(sources, _site_of(seen, skeleton, mark), shapes=shapes, columns=columns)
     rows, length = text.ids.shape
     datasets = tuple(Path(source).name if Path(source).exists() else source for source in text.sources)
     return ImportanceMatrix(dict(sorted(entries.items())), datasets, rows, length)
 
 
-def _sites(stage: Stage, skeleton: Skeleton) -> list[Site]:
-    """Returns every place of a block where a matrix may be multiplied by: also those that no text may reach."""
-    start = f"{stage.path}."
-    sites: list[Site] = []
-    for parameter in skeleton.parameters:
-        if parameter.startswith(start):
-            sites.append(Site((parameter, -1)))
-            shape = _shape(parameter, skeleton)
-            sites += [Site((parameter, expert)) for expert in range(shape[0] if len(shape) == _STACK else 0)]
-    return sites
+def _sites(observed: Iterable[Observed], skeleton: Skeleton) -> list[Site]:
+    """Returns every place that shows something of the tensors: also those that no text may reach."""
+    sites: dict[Site, None] = {}
+    for each in observed:
+        for name in each.names:
+            if (conversion := skeleton.conversion_of.get(name)) is None:
+                continue
+            for parameter in conversion.outputs:
+                shape = _shape(parameter, skeleton)
+                numbers = range(-1, shape[0] if len(shape) == _STACK and each.mark != OUTPUT else 0)
+                sites |= {Site((parameter + each.mark, number)): None for number in numbers}
+    return list(sites)
 
 
 def _shape(parameter: str, skeleton: Skeleton) -> tuple[int, ...]:
@@ -110,21 +117,21 @@ def _shape(parameter: str, skeleton: Skeleton) -> tuple[int, ...]:
     return tuple(value.shape)
 
 
-def _site_of(seen: Mapping[Site, Squares], skeleton: Skeleton) -> SiteOf:
-    """Returns a function that gives what was observed at the input of a stored tensor."""
+def _site_of(seen: Mapping[Site, Squares], skeleton: Skeleton, mark: str) -> SiteOf:
+    """Returns a function that gives what was observed of a stored tensor."""
 
     def site_of(name: str) -> Squares | list[Squares | None] | None:
         conversion = skeleton.conversion_of.get(name)
         if conversion is None:
             return None
         parameter = conversion.target
-        whole = seen.get(Site((parameter, -1)))
+        whole = seen.get(Site((parameter + mark, -1)))
         shape = _shape(parameter, skeleton)
         if whole is not None or len(shape) != _STACK:
             return whole
         group = next(names for names in conversion.sources.values() if name in names)
         if len(group) == shape[0]:
-            return seen.get(Site((parameter, group.index(name))))
-        return [seen.get(Site((parameter, expert))) for expert in range(shape[0])]
+            return seen.get(Site((parameter + mark, group.index(name))))
+        return [seen.get(Site((parameter + mark, expert))) for expert in range(shape[0])]
 
     return site_of

@@ -15,7 +15,9 @@ from quantize.formats.gguf.imatrix import Floats, Importance, ImportanceMatrix
 from quantize.schemes import Shape
 
 # Tensors that are looked up or, as a rule, not observed: nobody misses importance for them.
-_UNOBSERVED = frozenset({"token_embd.weight", "per_layer_token_embd.weight", "output.weight"})
+_UNOBSERVED = frozenset(
+    {"token_embd.weight", "position_embd.weight", "token_types.weight", "per_layer_token_embd.weight", "output.weight"}
+)
 _DEFAULT_CHUNK = 512
 # An expert that saw fewer tokens than this share of an even split knows its input badly.
 _RARE = 0.05
@@ -56,8 +58,8 @@ def gather(
         site_of: Statistics by stored name. Sources that share an input give the same object.
         shapes: Shapes of the GGUF tensors in torch's order. They say how many matrices a stack has, so that several
             sources can make one matrix of it; and what was observed with another number of columns is left out.
-        columns: For tensors whose columns were reordered: column k of the tensor is column `columns[name][k]` of
-            the source, int64 [columns].
+        columns: For tensors whose columns are others: column k of the tensor is column `columns[name][k]` of what was
+            observed, int64 [columns], or [matrices, columns].
     """
     found: dict[str, Importance] = {}
     for name, names in sources.items():
@@ -65,15 +67,17 @@ def gather(
         shape = None if shapes is None else shapes[name]
         stack = _stack(seen, None if shape is None else int(np.prod(shape[:-2], dtype=np.int64)))
         known = next((site for site in stack if site is not None and site.count), None)
-        if known is None or (shape is not None and known.mean_square.numel() != shape[-1]):
+        order = None if columns is None else columns.get(name)
+        width = 0 if known is None else known.mean_square.numel() if order is None else order.shape[-1]
+        if known is None or (shape is not None and width != shape[-1]):
             continue
         counts = np.array([0 if site is None else site.count for site in stack], np.float32)
         sums = np.zeros((len(stack), known.mean_square.numel()), np.float32)
         for row, site in zip(sums, stack, strict=True):
             if site is not None and site.count:
                 row[:] = site.mean_square.numpy() * np.float32(site.count)
-        if columns is not None and name in columns:
-            sums = np.ascontiguousarray(sums[:, columns[name].numpy()])
+        if order is not None:
+            sums = np.take_along_axis(sums, np.broadcast_to(order.numpy(), (len(sums), width)), axis=1)
         found[name] = Importance(sums, counts)
     return found
 

@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import math
+import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import product
 from pathlib import Path
+from typing import Any, cast
 
 import gguf
 import numpy as np
 import pytest
 import torch
-from architectures import save, token_ids
+from architectures import forward, load, save, token_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import quantize
+from quantize.calib_data import CalibrationText
 from quantize.checkpoint import open_checkpoint
 from quantize.errors import InputError, ResourceError
+from quantize.formats.base import NamedView
+from quantize.formats.gguf import GGUFFormat
 from quantize.formats.gguf.imatrix import Importance, ImportanceMatrix, read_imatrix, write_imatrix
+from quantize.formats.gguf.view import GGUFView
+from quantize.gathering import gather_importance
 from quantize.imatrix import coverage, gather, match, merge, select, statistics
 from quantize.kernels.cpu import ggml
+from quantize.progress import silent
+from quantize.settings import Settings
 from quantize.skeleton import Skeleton
 from quantize.statistics import Accumulator, Squares, Statistics
 from quantize.sweep import Sweep
@@ -519,3 +529,95 @@ def test_a_sweep_gathers_squares_alone(name: str, folder: Callable[[str], Path])
         assert full[site][0] == second[site][0] == count
         torch.testing.assert_close(mean, full[site][1], rtol=1e-5, atol=1e-7)
         assert torch.equal(mean, second[site][1])
+
+
+# --- where text shows what tensors that are not stored as they are used are multiplied with
+
+
+def importance_of(path: Path, ids: Tensor) -> Mapping[str, Importance]:
+    checkpoint = open_checkpoint(path)
+    text = CalibrationText(ids, ("text",), "", 0, ())
+    view = cast(NamedView, GGUFFormat().view(checkpoint))
+    skeleton = Skeleton(checkpoint)
+    return gather_importance(Settings(), skeleton, checkpoint, view, text, 1, path.parent, silent).entries
+
+
+def rows_into(model: Any, path: str, ids: Tensor, output: bool = False) -> Tensor:
+    """What a module of the whole model gets, or gives, `[tokens, channels]`."""
+    seen: list[Tensor] = []
+    module = model.get_submodule(path)
+    handle = module.register_forward_hook(lambda _, args, result: seen.append(result if output else args[0]))
+    forward(model, ids)
+    handle.remove()
+    return torch.cat([each.reshape(-1, each.shape[-1]) for each in seen])
+
+
+def assert_is(entry: Importance, expert: int, rows: Tensor) -> None:
+    assert entry.counts[expert] == len(rows)
+    np.testing.assert_allclose(entry.sums[expert], rows.square().sum(0).numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_experts_on_their_side(folder: Callable[[str], Path]) -> None:
+    """gpt-oss multiplies by `W[e]` from the right."""
+    path, ids = folder("gpt-oss"), token_ids()
+    model, found = load(path), importance_of(path, ids)
+    into = rows_into(model, "model.layers.0.mlp.router", ids)
+    with torch.no_grad():
+        chosen = model.model.layers[0].mlp.router(into)[-1]
+    for expert in range(4):
+        rows = into[(chosen == expert).any(-1)]
+        for name in ("gate", "up"):
+            assert_is(found[f"blk.0.ffn_{name}_exps.weight"], expert, rows)
+    assert found["blk.0.ffn_down_exps.weight"].sums.shape == (4, 96)
+
+
+def test_experts_that_all_get_zeros_but_for_their_own_tokens(folder: Callable[[str], Path]) -> None:
+    """llama4 hands every token to every expert, times its score; those not chosen are zero and do not count."""
+    path, ids = folder("llama4"), token_ids()
+    model, found = load(path), importance_of(path, ids)
+    into = rows_into(model, "model.layers.1.feed_forward.experts", ids).reshape(4, ids.numel(), 64)
+    experts = model.model.layers[1].feed_forward.experts
+    for expert in range(4):
+        rows = into[expert][into[expert].any(-1)]
+        assert_is(found["blk.1.ffn_gate_exps.weight"], expert, rows)
+        gate, up = (rows @ experts.gate_up_proj[expert]).detach().chunk(2, -1)
+        assert_is(found["blk.1.ffn_down_exps.weight"], expert, up * torch.nn.functional.silu(gate))
+    assert sum(found["blk.1.ffn_gate_exps.weight"].counts) == ids.numel()
+
+
+def test_layers_on_their_side(folder: Callable[[str], Path]) -> None:
+    path, ids = folder("gpt2"), token_ids()
+    model, found = load(path), importance_of(path, ids)
+    assert_is(found["blk.1.attn_output.weight"], 0, rows_into(model, "transformer.h.1.attn.c_proj", ids))
+    assert_is(found["blk.1.ffn_down.weight"], 0, rows_into(model, "transformer.h.1.mlp.c_proj", ids))
+
+
+def test_keys_that_are_multiplied_by_the_query(folder: Callable[[str], Path]) -> None:
+    """In DeepSeek's files each head's keys meet the first channels of its query."""
+    path, ids = folder("deepseek-v3"), token_ids()
+    query = rows_into(load(path), "model.layers.0.self_attn.q_b_proj", ids, output=True).reshape(-1, 4, 32)
+    found = importance_of(path, ids)
+    for head in range(4):
+        assert_is(found["blk.0.attn_k_b.weight"], head, query[:, head, :16])
+
+
+def test_columns_in_another_order(folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """llama.cpp repeats the key heads of linear attention in another order."""
+    path, ids = folder("qwen3.5"), token_ids()
+    into = rows_into(load(path), "model.layers.0.linear_attn.out_proj", ids)
+    order = torch.arange(64).reshape(2, 2, 16).transpose(0, 1).flatten()
+    assert_is(importance_of(path, ids)["blk.0.ssm_out.weight"], 0, into[:, order])
+
+
+@pytest.mark.parametrize("name", ["gpt-oss", "gpt2", "deepseek-v3", "qwen3.5"])
+def test_a_file_shows_what_its_folder_shows(name: str, tmp_path: Path) -> None:
+    # yarn's factors go through a file as floats of 32 bits
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 1.5e5}} if name == "gpt-oss" else {}
+    path, ids = save(name, tmp_path / name, **rope), token_ids()
+    file = quantize.convert(path, format="gguf", dtype="f32", out=tmp_path / "a.gguf").out
+    ours, theirs = importance_of(path, ids), importance_of(file, ids)
+    matrices = {n for n, info in GGUFView(open_checkpoint(path)).tensors.items() if len(info.shape) > 1}
+    assert {n for n in matrices if re.search(r"(attn|ffn|ssm_(in|out)).*\.weight$", n)} <= ours.keys() == theirs.keys()
+    for key, entry in ours.items():
+        np.testing.assert_array_equal(theirs[key].counts, entry.counts)
+        np.testing.assert_allclose(theirs[key].sums, entry.sums, rtol=1e-3, atol=1e-3, err_msg=key)

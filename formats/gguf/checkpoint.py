@@ -18,7 +18,7 @@ from torch import Tensor
 from quantize.errors import InputError
 from quantize.formats.base import TensorInfo
 from quantize.formats.gguf.architectures.assemble import backward
-from quantize.formats.gguf.architectures.lazy import Arrays, Lazy
+from quantize.formats.gguf.architectures.lazy import SAME, Arrays, Columns, Lazy
 from quantize.formats.gguf.architectures.settings import Settings
 from quantize.formats.gguf.config import COMPUTED, read_config, read_keys
 from quantize.formats.gguf.container import Stored, read_parts
@@ -50,6 +50,10 @@ class _Held(Lazy):
         """Itself."""
         return (self.name,)
 
+    def columns_of(self, source: str) -> Columns | None:
+        """Returns that they are the same."""
+        return SAME
+
     def fetch(self, start: int, stop: int, coded: bool) -> Arrays:
         """Reads rows as they are coded; decodes them when values are wanted."""
         rows = self.stored.read(start, stop)
@@ -80,8 +84,9 @@ class GGUFCheckpoint:
         self.dropped = {name: "the config states what makes it" for name in COMPUTED if name in self._stored}
         self.config = read_config(architecture, keys, self._stored)
         held: dict[str, Lazy] = {n: _Held(n, s) for n, s in self._stored.items() if n not in self.dropped}
-        settings = Settings(self.config, self._first.file, keys.whole("nextn_predict_layers", 0), keys)
-        self._made = backward(architecture, settings, held)
+        self.architecture = architecture
+        self.settings = Settings(self.config, self._first.file, keys.whole("nextn_predict_layers", 0), keys)
+        self._made = backward(architecture, self.settings, held)
 
     @property
     def stored(self) -> Mapping[str, Stored]:
@@ -96,6 +101,11 @@ class GGUFCheckpoint:
     def names_of(self, stored: str) -> tuple[str, ...]:
         """Returns the names of the tensors that a tensor of the file is part of."""
         return self._made_of.get(stored, ())
+
+    def columns_of(self, stored: str) -> Columns | None:
+        """Returns how the input columns of all tensors that a tensor of the file is part of are its own."""
+        found = {self._made[name].columns_of(stored) for name in self.names_of(stored)}
+        return found.pop() if len(found) == 1 else None
 
     @cached_property
     def _made_of(self) -> Mapping[str, tuple[str, ...]]:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from quantize.formats.base import CheckpointView, TensorInfo
+from quantize.formats.base import TURNED, CheckpointView, Observed, TensorInfo
+from quantize.formats.gguf.architectures.lazy import SAME
 from quantize.formats.gguf.checkpoint import GGUFCheckpoint
 from quantize.formats.gguf.header import read_values
 from quantize.formats.gguf.metadata import Value
@@ -36,8 +37,19 @@ class StoredView(CheckpointView):
         return self._checkpoint.names_of(name)
 
     def same_columns(self, name: str) -> bool:
-        """Returns whether input columns are those of the sources: they are where there is a source."""
-        return bool(self.sources(name))
+        """Returns whether input columns are those of the sources."""
+        return self._checkpoint.columns_of(name) is SAME
+
+    def observed(self, name: str) -> Observed | None:
+        """Returns where a text shows what a tensor's columns are multiplied with."""
+        if (fed := self._checkpoint.architecture.observed(self._checkpoint.settings, name)) is not None:
+            return fed
+        found = self._checkpoint.columns_of(name)
+        if found is None:
+            return None
+        # what transformers has in the other order, seen from here
+        order = None if found.order is None else found.order.argsort()
+        return Observed(self.sources(name), TURNED if found.turned else "", order)
 
     def required_float(self, name: str) -> bool:
         """Returns False: what the file holds is what engines took."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 from torch import Tensor
 
 from quantize.errors import InputError
-from quantize.formats.base import Checkpoint, CheckpointView, TensorInfo
+from quantize.formats.base import TURNED, Checkpoint, CheckpointView, Observed, TensorInfo
 from quantize.formats.gguf import architectures
 from quantize.formats.gguf.architectures.assemble import count_extra, forms_of, forward, places, source_names
 from quantize.formats.gguf.architectures.base import HEAD
@@ -60,7 +61,8 @@ class GGUFView(CheckpointView):
         settings = Settings(checkpoint.config, checkpoint.path)
         stored = self._language(settings)
         self.settings = Settings(checkpoint.config, checkpoint.path, count_extra(self.architecture, settings, stored))
-        held: dict[str, Lazy] = {ours: Leaf(checkpoint, theirs) for ours, theirs in self._named(stored).items()}
+        self._theirs = self._named(stored)
+        held: dict[str, Lazy] = {ours: Leaf(checkpoint, theirs) for ours, theirs in self._theirs.items()}
         held = self._without_head(held)
         self._made = forward(self.architecture, self.settings, held)
         self._place_head(held)
@@ -223,6 +225,16 @@ class GGUFView(CheckpointView):
     def same_columns(self, name: str) -> bool:
         """Returns whether a tensor's input columns are those of its sources, so that statistics of them hold."""
         return self._made[name].same_columns
+
+    def observed(self, name: str) -> Observed | None:
+        """Returns where a text shows what a tensor's columns are multiplied with."""
+        if (fed := self.architecture.observed(self.settings, name)) is not None:
+            return replace(fed, names=tuple(self._theirs[ours] for ours in fed.names))
+        found = {self._made[name].columns_of(source) for source in self._made[name].sources}
+        columns = found.pop() if len(found) == 1 else None
+        if columns is None:
+            return None
+        return Observed(self.sources(name), TURNED if columns.turned else "", columns.order)
 
     def required_float(self, name: str) -> bool:
         """Returns whether llama.cpp wants a tensor in float32: vectors, norms, routers, convolutions and the like."""

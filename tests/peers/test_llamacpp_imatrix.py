@@ -15,16 +15,16 @@ import torch
 from architectures import save
 
 import quantize
-from quantize.calib_data import read_text
+from quantize.calib_data import CalibrationText, read_text
 from quantize.checkpoint import open_checkpoint
 from quantize.formats.gguf.imatrix import ImportanceMatrix, read_imatrix, write_imatrix
 from quantize.formats.gguf.view import GGUFView
-from quantize.imatrix import gather, match, merge, statistics
+from quantize.gathering import gather_importance
+from quantize.imatrix import match, merge, statistics
+from quantize.progress import silent
+from quantize.settings import Settings
 from quantize.skeleton import Skeleton
-from quantize.statistics import Squares
-from quantize.sweep import Sweep
 from quantize.tokenizer import load_tokenizer
-from quantize.trace import trace
 
 PEERS = Path(os.environ.get("QUANTIZE_PEERS", Path(__file__).parents[2] / ".peers"))
 PROGRAMS = Path(os.environ.get("QUANTIZE_LLAMA_CPP", PEERS / "llamacpp/bin")).absolute()
@@ -44,6 +44,13 @@ CHANGES: dict[str, dict[str, object]] = {
     "mixtral": {},
     "qwen2-moe": {"norm_topk_prob": False, "num_attention_heads": 16, "num_key_value_heads": 4},
     "phi3": {"num_attention_heads": 16, "num_key_value_heads": 4},
+    # matrices on their side; llama-imatrix ends in an assertion on llama4
+    "gpt-oss": {
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1.5e5},
+    },
+    "gpt2": {"n_embd": 256, "hidden_size": ...},
 }
 
 
@@ -74,7 +81,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
         if name not in made:
             at = tmp_path_factory.mktemp("imatrix")
             result = Case(*(at / part for part in ("folder", "model.gguf", "text.txt", "new.gguf", "older.dat")))
-            save(name, result.folder, hidden_size=256, **CHANGES[name])
+            save(name, result.folder, **{"hidden_size": 256, **CHANGES[name]})
             quantize.convert(result.folder, format="gguf", dtype="f32", out=result.model)
             result.text.write_text(read_text("default", limit=CONTEXT * CHUNKS), encoding="ascii", errors="replace")
             for kind, path in (("gguf", result.new), ("dat", result.older)):
@@ -158,16 +165,9 @@ def gathered(made: Case) -> ImportanceMatrix:
     skeleton, view = Skeleton(checkpoint), GGUFView(checkpoint)
     ids = torch.tensor(load_tokenizer(checkpoint)(made.text.read_text(encoding="utf-8"))["input_ids"])
     rows = ids[: len(ids) // CONTEXT * CONTEXT].view(-1, CONTEXT)
-    seen: dict[str, Squares] = {}
-    with Sweep(skeleton, checkpoint, list(rows.split(1)), threads=1, probe=rows[:1]) as sweep:
-        for stage in sweep.stages():
-            structure = trace(stage, skeleton, folds=False)
-            found = stage.run(structure.sites, Squares)
-            for item in structure.inputs:
-                seen |= {name: found[item.name] for name in item.consumers if item.name in found}
-    names = [name for name in view.tensors if len(view.tensors[name].shape) > 1]
-    shapes = {name: view.tensors[name].shape for name in names}
-    return ImportanceMatrix(gather({name: view.sources(name) for name in names}, seen.get, shapes=shapes))
+    text = CalibrationText(rows, ("text",), "", 0, ())
+    settings = Settings()
+    return gather_importance(settings, skeleton, checkpoint, view, text, 1, made.folder, silent)
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -175,7 +175,7 @@ def test_gathered_sums_are_those_of_llama_imatrix(name: str, case: Callable[[str
     made = case(name)
     theirs, ours = read_imatrix(made.new), gathered(made)
     shapes = {name: info.shape for name, info in GGUFView(open_checkpoint(made.folder)).tensors.items()}
-    matrices = {name: shape for name, shape in shapes.items() if len(shape) > 1}
+    matrices = {name: shape for name, shape in shapes.items() if len(shape) > 1 and name.endswith(".weight")}
     assert ours.entries.keys() == matrices.keys() & theirs.entries.keys()
     for key in ours.entries:
         entry = theirs.entries[key]
@@ -185,7 +185,8 @@ def test_gathered_sums_are_those_of_llama_imatrix(name: str, case: Callable[[str
         difference = np.abs(found.means() - entry.means())
         assert (difference.sum(-1) < 0.01 * entry.means().sum(-1)).all(), key
         if len(entry.counts) == 1:
-            np.testing.assert_allclose(found.means(), entry.means(), rtol=0.01, err_msg=key)
+            least = 1e-6 * entry.means().max()  # llama.cpp has its GELU in a table of half precision
+            np.testing.assert_allclose(found.means(), entry.means(), rtol=0.01, atol=least, err_msg=key)
     laid = match(theirs, matrices)
     assert laid.found.keys() == ours.entries.keys()
     assert laid.missing == ()

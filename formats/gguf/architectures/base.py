@@ -7,12 +7,14 @@ the block's number, `{e}` for each expert's; a source pattern that starts with a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from quantize.formats.base import Observed
 from quantize.formats.gguf.architectures.operations import GATE_UP, SAME, STACK, Operation
 from quantize.formats.gguf.architectures.rope import Rope, parse_rope, read_rope, rope_tensors, write_rope
 from quantize.formats.gguf.architectures.settings import (
@@ -237,6 +239,8 @@ class Architecture:
         head_required: Whether llama.cpp wants a head where the embedding serves as one.
         head_tied: Whether it has no place for a head that is not the embedding.
         claims: Whether a file of this name is this model, where several go by the name.
+        fed: Where a text shows what a tensor of GGUF's is multiplied with, where no stored tensor has its input: what
+            follows the block in the name of a stored one, and of what it gives the channels.
     """
 
     name: str
@@ -260,6 +264,15 @@ class Architecture:
     head_required: bool = False
     head_tied: bool = False
     claims: Callable[[Keys], bool] = lambda keys: True
+    fed: Callable[[Settings, str], Observed | None] = lambda settings, name: None
+
+    def observed(self, settings: Settings, name: str) -> Observed | None:
+        """Returns where a text shows what a tensor is multiplied with, where no stored tensor has its input."""
+        block = re.match(r"blk\.(\d+)\.", name)
+        found = None if block is None else self.fed(settings, name)
+        if found is None or block is None:
+            return None
+        return replace(found, names=tuple(self.layer.format(n=block[1]) + end for end in found.names))
 
     def metadata(self, settings: Settings) -> dict[str, Value]:
         """Returns the metadata under the architecture's name, without that name.

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantize.formats.base import OUTPUT, Observed
 from quantize.formats.gguf.architectures.base import (
     Architecture,
     Form,
@@ -126,6 +127,16 @@ def _parse_rope(keys: Keys, rotated: int, context: int, tensors: Mapping[str, Se
     return found
 
 
+def _fed(settings: Settings, name: str) -> Observed | None:
+    """llama.cpp multiplies the first channels of each head of the query by the keys' matrix on its side."""
+    if not name.endswith(".attn_k_b.weight"):
+        return None
+    key, turned = int(settings.need("qk_nope_head_dim")), int(settings.need("qk_rope_head_dim"))
+    channels = torch.arange(settings.heads * (key + turned)).reshape(settings.heads, key + turned)
+    source = "q_b_proj" if _lowered(settings, 0) else "q_proj"
+    return Observed((f".self_attn.{source}.weight",), OUTPUT, channels[:, :key])
+
+
 def _check(settings: Settings) -> None:
     settings.require("hidden_act", "silu")
     settings.require("moe_layer_freq", 1)
@@ -177,6 +188,7 @@ DEEPSEEK2 = Architecture(
     back=lambda keys, shapes: {"topk_method": "greedy"},
     check=_check,
     claims=lambda keys: keys.whole("expert_gating_func", _SOFTMAX) == _SOFTMAX,
+    fed=_fed,
 )
 DEEPSEEK3 = replace(
     DEEPSEEK2,

@@ -44,15 +44,20 @@ class Lazy(ABC):
     def children(self) -> Sequence[Lazy]:
         """What it is made of, in order."""
 
-    @property
-    def same_columns(self) -> bool:
-        """Whether its input columns are those of the stored tensors."""
-        return all(child.same_columns for child in self.children)
+    def columns_of(self, source: str) -> Columns | None:
+        """Returns how its input columns are those of the stored tensor `source`, or None where they are not."""
+        found = {child.columns_of(source) for child in self.children if source in child.sources}
+        return found.pop() if len(found) == 1 else None
 
     @property
     def sources(self) -> tuple[str, ...]:
         """The stored tensors that it is made of, in order."""
         return tuple(dict.fromkeys(name for child in self.children for name in child.sources))
+
+    @property
+    def same_columns(self) -> bool:
+        """Whether its input columns are those of all its stored tensors."""
+        return all(self.columns_of(source) is SAME for source in self.sources)
 
     @abstractmethod
     def fetch(self, start: int, stop: int, coded: bool) -> Arrays:
@@ -72,6 +77,22 @@ class Lazy(ABC):
     def _stop(self, stop: int | None) -> int:
         rows = self.shape[0] if self.shape else 1
         return rows if stop is None else min(stop, rows)
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """How a tensor's input columns are those of another.
+
+    Attributes:
+        turned: Whether one of them is the other on its side, so that models multiply by it from the right.
+        order: Column k is column `order[k]` of the other, int64; None where all stay.
+    """
+
+    turned: bool = False
+    order: Tensor | None = None
+
+
+SAME, ON_SIDE = Columns(), Columns(True)
 
 
 def _value_dtype(scheme: Scheme) -> torch.dtype:
@@ -101,6 +122,10 @@ class Leaf(Lazy):
     def sources(self) -> tuple[str, ...]:
         """Itself."""
         return (self.name,)
+
+    def columns_of(self, source: str) -> Columns | None:
+        """Returns that they are the same."""
+        return SAME
 
     def fetch(self, start: int, stop: int, coded: bool) -> Arrays:
         """Reads from the checkpoint; a coded tensor is read whole, as checkpoints give it."""
@@ -164,11 +189,6 @@ class _Moved(_Unary):
     def scheme(self) -> Scheme:
         """The dtype of the child's values."""
         return Plain(_value_dtype(self.child.scheme))
-
-    @property
-    def same_columns(self) -> bool:
-        """No."""
-        return False
 
 
 @dataclass(frozen=True)
@@ -320,10 +340,9 @@ class Reshaped(_Unary):
         scheme = self.child.scheme
         return scheme if self._keeps_rows else Plain(_value_dtype(scheme))
 
-    @property
-    def same_columns(self) -> bool:
-        """Whether rows stay whole."""
-        return self._keeps_rows and self.child.same_columns
+    def columns_of(self, source: str) -> Columns | None:
+        """Returns the child's where rows stay whole."""
+        return self.child.columns_of(source) if self._keeps_rows else None
 
     @property
     def _keeps_rows(self) -> bool:
@@ -353,6 +372,10 @@ class Transposed(_Moved):
         *first, rows, columns = self.child.shape
         return (*first, columns, rows)
 
+    def columns_of(self, source: str) -> Columns | None:
+        """Returns that they are the source's rows, where those are the child's columns."""
+        return ON_SIDE if self.child.columns_of(source) is SAME else None
+
     def fetch(self, start: int, stop: int, coded: bool) -> Arrays:
         """Reads entries of a stack; of a matrix all rows, some at a time, and keeps the columns wanted."""
         if len(self.shape) > 2:
@@ -366,10 +389,14 @@ class Transposed(_Moved):
 
 
 @dataclass(frozen=True)
-class Columns(_Moved):
+class Reordered(_Moved):
     """The last dimension in another order."""
 
     index: Tensor
+
+    def columns_of(self, source: str) -> Columns | None:
+        """Returns the order, where the child's columns are the source's."""
+        return Columns(order=self.index) if self.child.columns_of(source) is SAME else None
 
     def fetch(self, start: int, stop: int, coded: bool) -> Arrays:
         """Reads the rows of the range."""

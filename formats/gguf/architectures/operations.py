@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from quantize.formats.gguf.architectures.lazy import (
-    Columns,
     InnerRows,
     Item,
     Lazy,
     Mapped,
     MicroScaled,
+    Reordered,
     Reshaped,
     Rows,
     Stacked,
@@ -64,8 +64,8 @@ def rows(index: Callable[[Settings, int], Tensor]) -> Operation:
 def columns(index: Callable[[Settings, int], Tensor]) -> Operation:
     """Returns a permutation of columns; `index` gives the source column of each."""
     return Operation(
-        lambda s, t: [Columns(t[0], index(s, t[0].shape[-1]))],
-        lambda s, t: [Columns(t[0], _inverse(index(s, t[0].shape[-1])))],
+        lambda s, t: [Reordered(t[0], index(s, t[0].shape[-1]))],
+        lambda s, t: [Reordered(t[0], _inverse(index(s, t[0].shape[-1])))],
     )
 
 
