@@ -18,6 +18,7 @@ from quantize.methods.base import Block, Method, Result
 from quantize.parallel import Pool
 from quantize.placing import Placing
 from quantize.progress import Progress
+from quantize.ranks import ALONE, Ranks
 from quantize.settings import Settings
 from quantize.skeleton import Skeleton
 from quantize.statistics import Statistics
@@ -41,6 +42,7 @@ class Blockwise:
         threads: Threads of the sweep.
         folder: Where activations wait that have no room in memory.
         progress: Told how many blocks are done.
+        ranks: Those that share the rows of text, and the work of the method where `pool` is theirs.
     """
 
     settings: Settings
@@ -51,6 +53,7 @@ class Blockwise:
     threads: int
     folder: Path
     progress: Progress
+    ranks: Ranks = ALONE
 
     def run(self, text: CalibrationText, statistics: StatisticsFile | None, model: str, pool: Pool) -> None:
         """Makes every block that is not on disk yet.
@@ -90,11 +93,12 @@ class Blockwise:
             return
         with ExitStack() as stack:
             sweep = stack.enter_context(
-                open_sweep(self.settings, self.skeleton, self.checkpoint, text, self.threads, self.folder)
+                open_sweep(self.settings, self.skeleton, self.checkpoint, text, self.threads, self.folder, self.ranks)
             )
-            if statistics is not None:
+            recorded = statistics if self.ranks.first else None  # all ranks have the same
+            if recorded is not None:
                 matrices = (name for path in self.skeleton.blocks for name in self.skeleton.stored_names(path))
-                stack.enter_context(statistics.recording(model, text.sha256, matrices))
+                stack.enter_context(recorded.recording(model, text.sha256, matrices))
             known: Known = {}
             for stage in sweep.stages():
                 if stage.path in todo or (statistics is not None and stage.path in blocks):
@@ -104,8 +108,8 @@ class Blockwise:
                         self._in_turns(stage, structure, pool)
                     else:
                         values = stage.run(structure.sites)
-                        if statistics is not None:
-                            statistics.write(stage.path, structure.inputs, values)
+                        if recorded is not None:
+                            recorded.write(stage.path, structure.inputs, values)
                         if stage.path in todo:
                             self._make(stage.path, stage.weights, structure.inputs, values, pool)
                         del values

@@ -175,14 +175,17 @@ class OwnNames:
         """Writes the format's tensors that are made of the block's."""
         self._rounded.coded = dict(result.coded)
         errors: dict[str, float] = {}
-        for entry in self._entries(list(block.weights)):
+        ranks, entries = self._work.ranks, self._entries(list(block.weights))
+        for entry in ranks.share(entries, lambda entry: self._work.entries[entry].count):
             coded = self._view.read_coded(entry)
             assert coded is not None
             self._work.output.put(self._work.plan.format.pack(entry, coded))
             sums = [squared_error(block, result, name) for name in self._made_of[entry]]
             errors[entry] = sum(lost for lost, _ in sums) / max(sum(whole for _, whole in sums), 1e-30)
         self._rounded.coded = {}
-        self._work.output.record(block.name, {"notes": list(result.notes), "errors": errors})
+        heard = {entry: error for part in ranks.gather(errors) for entry, error in part.items()}
+        found = {entry: heard[entry] for entry in entries}
+        self._work.output.record(block.name, {"notes": list(result.notes), "errors": found})
         self._work.output.commit()
 
     def stored(self, name: str, value: Tensor) -> Tensor:

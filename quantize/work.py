@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -18,6 +18,7 @@ from quantize.methods.base import ROWS, Block, Result
 from quantize.parallel import Pool, spans
 from quantize.planning import Entry, Plan
 from quantize.progress import Progress
+from quantize.ranks import ALONE, Dealer, Ranks
 from quantize.schemes import Plain, QuantizedTensor
 from quantize.writer import OutputFolder
 
@@ -30,6 +31,8 @@ _MATRIX = 2
 _HALF = 65504.0
 # Bytes written between two commits, each of which waits for the disk.
 _COMMIT = 64 * 2**20
+# Tensors that each of several ranks makes between two commits, on average: enough that their sizes even out.
+_ROUND = 8
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Work:
         output: Where the arrays go.
         allow_nan: Whether NaN and Inf in weights are let through.
         progress: Told how far it is.
+        ranks: Those that do it together: they deal the tensors, and runs of rows where those are large.
     """
 
     plan: Plan
@@ -49,6 +53,7 @@ class Work:
     output: OutputFolder
     allow_nan: bool
     progress: Progress
+    ranks: Ranks = ALONE
 
     @cached_property
     def entries(self) -> Mapping[str, Entry]:
@@ -82,33 +87,45 @@ class Work:
         """
         chosen = [e for e in self.plan.entries if e.name not in left_out and (e.copied or not e.quantized)]
         todo = [e for e in chosen if not self.written([e])]
+        dealer = self.ranks.dealer()
+        zeroed: dict[str, int] = {}
         for index, entry in enumerate(todo, 1):
-            zeroed: list[int] = []
-            if entry.quantized:
-                self._copy_codes(entry)
-            else:
-                self.output.put_parts(entry.name, self._plain_parts(entry, zeroed))
-            if note := zeroed_note(entry, sum(zeroed)):
-                self.output.record(entry.name, {"notes": [note], "errors": {}})
+            if not entry.quantized:
+                for run in _dealt(entry, _COPY // 4, dealer):
+                    self._put_run(entry, run, self._plain(entry, run, zeroed))
+            elif self.plan.format.single_file:
+                for run in _dealt(entry, _COPY, dealer):
+                    self._put_run(entry, run, self._packed(entry, *run)[entry.name])
+            elif dealer.mine(entry.count):
+                self.output.put(self._packed(entry, 0, None))
             if index % 32 == 0 or index == len(todo) or entry.count > _COPY:
-                self.output.commit()
+                self._commit_copies(zeroed)
             self.progress("copying", index, len(todo))
 
-    def _plain_parts(self, entry: Entry, zeroed: list[int]) -> Iterator[Tensor]:
-        """Yields a plain tensor in its output dtype, a run of rows at a time, and counts what becomes 0 by the cast."""
-        for start, stop in _runs(entry, _COPY // 4):
-            part = self.checkpoint.read(entry.name, start, stop)
-            self.scan({entry.name: part}, start)
-            cast = self.cast(entry, part)
-            zeroed.append(count_zeroed(part, cast))
-            yield cast
+    def _put_run(self, entry: Entry, run: tuple[int, int], *parts: Tensor) -> None:
+        """Writes rows of a tensor that is one array whose rows lie one after the other."""
+        (piece,) = self.plan.format.pieces(entry.name, entry.shape, entry.scheme)
+        self.output.put_parts(entry.name, parts, piece.nbytes * run[0] // max(1, _length(entry)))
 
-    def _copy_codes(self, entry: Entry) -> None:
-        """Writes the codes of a tensor whose grid stays: nothing is rounded a second time."""
-        if self.plan.format.single_file:
-            self.output.put_parts(entry.name, (self._packed(entry, *run)[entry.name] for run in _runs(entry, _COPY)))
-        else:
-            self.output.put(self._packed(entry, 0, None))
+    def _commit_copies(self, zeroed: dict[str, int]) -> None:
+        """Makes what was copied durable, with what all ranks have to say of it."""
+        total: dict[str, int] = {}
+        for counts in self.ranks.gather(zeroed):
+            for name, count in counts.items():
+                total[name] = total.get(name, 0) + count
+        for name, count in total.items():
+            if note := zeroed_note(self.entries[name], count):
+                self.output.record(name, {"notes": [note], "errors": {}})
+        zeroed.clear()
+        self.output.commit()
+
+    def _plain(self, entry: Entry, run: tuple[int, int], zeroed: dict[str, int]) -> Tensor:
+        """Returns rows of a plain tensor in its output dtype, and counts what becomes 0 by the cast."""
+        part = self.checkpoint.read(entry.name, *run)
+        self.scan({entry.name: part}, run[0])
+        cast = self.cast(entry, part)
+        zeroed[entry.name] = zeroed.get(entry.name, 0) + count_zeroed(part, cast)
+        return cast
 
     def _packed(self, entry: Entry, start: int, stop: int | None) -> dict[str, Tensor]:
         coded = self.checkpoint.read_coded(entry.name, start, stop)
@@ -144,17 +161,32 @@ class Work:
             importance: Mean square of each input column by tensor, float32 `[cols]` or `[experts, cols]`.
         """
         todo = [e for e in self.plan.quantized if not e.copied and e.name not in self.output.done]
+        dealer = self.ranks.dealer()
         fresh = 0
+        sums: dict[str, dict[int, tuple[float, float]]] = {}
         for index, entry in enumerate(todo, 1):
-            sums = [0.0, 0.0]
+            mine = _dealt(entry, _RUN, dealer)
+            sums[entry.name] = {}
             work = partial(self._coded_run, entry, importance.get(entry.name))
-            self.output.put_parts(entry.name, self._adding(pool.map(work, _runs(entry, _RUN)), sums))
-            self.output.record(entry.name, {"notes": [], "errors": {entry.name: sums[0] / max(sums[1], 1e-30)}})
+            for run, (packed, lost, whole) in zip(mine, pool.map(work, mine), strict=True):
+                self._put_run(entry, run, *packed)
+                sums[entry.name][run[0]] = lost, whole
             fresh += sum(p.nbytes for p in self.plan.format.pieces(entry.name, entry.shape, entry.scheme))
-            if fresh > _COMMIT or index == len(todo):
-                self.output.commit()
+            if fresh > _COMMIT * self.ranks.count or index == len(todo):
+                self._commit_codes(sums)
                 fresh = 0
             self.progress("quantizing", index, len(todo))
+
+    def _commit_codes(self, sums: dict[str, dict[int, tuple[float, float]]]) -> None:
+        """Makes what was coded durable, with the errors; each run's sums are added in the order of the rows."""
+        gathered = self.ranks.gather(sums)
+        for name in sums:
+            lost = whole = 0.0
+            for _, run in sorted(pair for part in gathered for pair in part[name].items()):
+                lost, whole = lost + run[0], whole + run[1]
+            self.output.record(name, {"notes": [], "errors": {name: lost / max(whole, 1e-30)}})
+        sums.clear()
+        self.output.commit()
 
     def _coded_run(
         self, entry: Entry, importance: Tensor | None, rows: tuple[int, int]
@@ -191,13 +223,6 @@ class Work:
                 f"give it a wider type: --set '{entry.name}=bf16'",
             )
 
-    @staticmethod
-    def _adding(runs: Iterator[tuple[list[Tensor], float, float]], sums: list[float]) -> Iterator[Tensor]:
-        for packed, lost, whole in runs:
-            sums[0] += lost
-            sums[1] += whole
-            yield from packed
-
     # -- blocks ----------------------------------------------------------------------------------------------------
 
     def block(self, name: str, weights: Mapping[str, Tensor]) -> Block:
@@ -207,34 +232,69 @@ class Work:
         return Block(name, weights, dtypes, {n: e.scheme for n, e in entries.items() if e.quantized})
 
     def store(self, block: Block, result: Result) -> None:
-        """Writes all tensors of one block and makes them durable together with the block's record."""
-        by_name = {e.name: e for e in map(self.entries.get, block.weights) if e is not None}
-        errors: dict[str, float] = {}
-        notes = list(result.notes)
-        for name, entry in by_name.items():
-            if entry.quantized:
-                coded = result.coded[name]
-                self.output.put(self.plan.format.pack(name, coded))
-                lost, whole = squared_error(block, result, name)
-                errors[name] = lost / max(whole, 1e-30)
-            else:
-                value = result.changed.get(name, block.weights[name])
-                cast = self.cast(entry, value)
-                self.output.put({name: cast})
-                if note := zeroed_note(entry, count_zeroed(value, cast)):
-                    notes.append(note)
-        self.output.record(block.name, {"notes": notes, "errors": errors})
+        """Writes all tensors of one block, which all ranks hold, durably together with the block's record."""
+        entries = [e for e in map(self.entries.get, block.weights) if e is not None]
+        said: dict[str, float | str | None] = {}
+        for entry in self.ranks.share(entries, lambda entry: entry.count):
+            said[entry.name] = self._store_one(block, result, entry)
+        heard = {name: value for part in self.ranks.gather(said) for name, value in part.items()}
+        self._record(block.name, result.notes, {entry.name: heard[entry.name] for entry in entries})
         self.output.commit()
+
+    def make_each(self, entries: Sequence[Entry], make: Callable[[Block], Result]) -> None:
+        """Makes and writes tensors that need no statistics, each on its own."""
+        done = 0
+        for some in self.ranks.rounds(entries, _ROUND):
+            said: dict[str, tuple[tuple[str, ...], float | str | None]] = {}
+            for entry in self.ranks.share(some, lambda entry: entry.count):
+                block = self.block(entry.name, {entry.name: self.read(entry.name)})
+                result = make(block)
+                said[entry.name] = result.notes, self._store_one(block, result, entry)
+                del block, result  # they would wait in memory while the next ones are read
+            heard = {name: value for part in self.ranks.gather(said) for name, value in part.items()}
+            for entry in some:
+                notes, value = heard[entry.name]
+                self._record(entry.name, notes, {entry.name: value})
+            self.output.commit()
+            done += len(some)
+            self.progress("quantizing", done, len(entries))
+
+    def _store_one(self, block: Block, result: Result, entry: Entry) -> float | str | None:
+        """Writes one tensor of a block; returns the error of rounding, or what there is to say of a plain one."""
+        if entry.quantized:
+            self.output.put(self.plan.format.pack(entry.name, result.coded[entry.name]))
+            lost, whole = squared_error(block, result, entry.name)
+            return lost / max(whole, 1e-30)
+        value = result.changed.get(entry.name, block.weights[entry.name])
+        cast = self.cast(entry, value)
+        self.output.put({entry.name: cast})
+        return zeroed_note(entry, count_zeroed(value, cast))
+
+    def _record(self, name: str, notes: Sequence[str], said: Mapping[str, float | str | None]) -> None:
+        """Keeps what there is to say of a block."""
+        zeroed = [value for value in said.values() if isinstance(value, str)]
+        errors = {tensor: value for tensor, value in said.items() if isinstance(value, float)}
+        self.output.record(name, {"notes": [*notes, *zeroed], "errors": errors})
 
     def records(self) -> dict[str, dict[str, Any]]:
         """Returns what was said of each part, in a fixed order."""
         return dict(sorted(self.output.records.items()))
 
 
+def _length(entry: Entry) -> int:
+    return entry.shape[0] if entry.shape else 1
+
+
 def _runs(entry: Entry, weights: int) -> list[tuple[int, int]]:
-    """Returns runs of the first dimension of about so many weights."""
-    length = entry.shape[0] if entry.shape else 1
-    return spans(length, max(1, weights // max(1, entry.count // max(1, length))))
+    """Returns runs of the first dimension of about so many weights; one, if empty, where there is none."""
+    length = _length(entry)
+    return spans(length, max(1, weights // max(1, entry.count // max(1, length)))) or [(0, 0)]
+
+
+def _dealt(entry: Entry, weights: int, dealer: Dealer) -> list[tuple[int, int]]:
+    """Returns those runs that this rank gets."""
+    row = entry.count / max(1, _length(entry))
+    return [run for run in _runs(entry, weights) if dealer.mine(1 + row * (run[1] - run[0]))]
 
 
 def squared_error(block: Block, result: Result, name: str) -> tuple[float, float]:
