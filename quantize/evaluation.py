@@ -21,8 +21,9 @@ from torch import Tensor
 from quantize.calib_data import read_text
 from quantize.errors import InconclusiveError, InputError, QualityError, UsageError, unknown_name
 from quantize.formats.base import Checkpoint
-from quantize.parallel import default_threads, one_torch_thread
+from quantize.parallel import one_torch_thread
 from quantize.progress import Progress, silent
+from quantize.ranks import ALONE, Ranks
 from quantize.skeleton import Skeleton
 from quantize.sweep import Sweep
 from quantize.tokenizer import load_tokenizer, require_rows
@@ -231,6 +232,7 @@ def evaluate_checkpoints(
     threads: int | None = None,
     assume_tied: bool = False,
     progress: Progress = silent,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
     """Returns the evaluation of `model`, and against `base` if given.
 
@@ -244,6 +246,7 @@ def evaluate_checkpoints(
         threads: Threads; None for all processors.
         assume_tied: Whether a missing head is the embedding.
         progress: Told how far it is.
+        ranks: Those that share the windows; all get the same figures.
 
     Raises:
         InputError: text or a model cannot be used, or the tokenizers differ.
@@ -259,23 +262,26 @@ def evaluate_checkpoints(
             )
     batches = list(torch.split(windows, max(1, _BATCH_TOKENS // definition.context)))
     keep = slice(definition.scored, definition.context - 1)
-    threads = threads or default_threads()
-    results: list[dict[str, Tensor]] = []
+    mine = range(ranks.index, len(batches), ranks.count)
+    scored: dict[int, dict[str, Tensor]] = {}
     with one_torch_thread(), ExitStack() as stack:
         runs = []
         for checkpoint, name in ((model, names[0]), (base, names[1])):
-            if checkpoint is None:
+            if checkpoint is None or not mine:
                 continue
             skeleton = Skeleton(checkpoint, assume_tied)
             require_rows(windows, skeleton, checkpoint)
-            sweep = stack.enter_context(Sweep(skeleton, checkpoint, batches, threads=threads, keep=keep))
+            some = [batches[index] for index in mine]
+            sweep = stack.enter_context(Sweep(skeleton, checkpoint, some, threads=threads or ranks.threads, keep=keep))
             for index, _ in enumerate(sweep.stages(), 1):
                 progress(f"evaluating {name}", index, len(skeleton.blocks))
             runs.append(sweep.logits())
-        for index, batch in enumerate(batches):
-            results.append(_score(next(runs[0]), next(runs[1]) if base is not None else None, batch[:, 1:][:, keep]))
-            progress("comparing", index + 1, len(batches))
-    merged = {key: torch.cat([result[key] for result in results]).numpy() for key in results[0]}
+        for done, index in enumerate(mine, 1):
+            targets = batches[index][:, 1:][:, keep]
+            scored[index] = _score(next(runs[0]), next(runs[1]) if base is not None else None, targets)
+            progress("comparing", done, len(mine))
+    scored = {index: result for part in ranks.gather(scored) for index, result in part.items()}
+    merged = {key: torch.cat([scored[i][key] for i in range(len(batches))]).numpy() for key in scored[0]}
     tokens = np.full(len(windows), windows[:, 1:][:, keep].shape[1])
     sums = {"tokens": tokens, **{key: value.sum(-1) for key, value in merged.items()}}
     if not all(np.isfinite(value).all() for value in sums.values()):

@@ -31,11 +31,12 @@ from quantize.kernels.cpu.ggml import Warming
 from quantize.methods.base import Method
 from quantize.mixing import Mixing, is_gguf, plain_mix
 from quantize.ollama import modelfile
-from quantize.parallel import Pool, default_threads, few_heaps, one_torch_thread
+from quantize.parallel import Pool, few_heaps, one_torch_thread
 from quantize.placing import OwnNames, SameNames
 from quantize.planning import SHARD_BYTES, Entry, Plan, Request, make_plan, require_space
 from quantize.presets import Choice, choose, refuse_idle
 from quantize.progress import Progress, silent
+from quantize.ranks import ALONE, Ranks
 from quantize.recipe import parse_rule, read_recipe
 from quantize.report import Report, card, figures
 from quantize.schemes import GGMLBlock, Plain, Scheme, parse_scheme
@@ -62,12 +63,16 @@ class Job:
         model: The source, as `open_checkpoint` takes it.
         settings: The options.
         progress: Told how far it is.
+        ranks: Those that run it together, each with a job of its own.
 
     Raises:
         QuantizeError: whatever can be refused before the first weight is read.
     """
 
-    def __init__(self, model: str | Path | None, settings: Settings, progress: Progress = silent) -> None:
+    def __init__(
+        self, model: str | Path | None, settings: Settings, progress: Progress = silent, ranks: Ranks = ALONE
+    ) -> None:
+        self.ranks = ranks
         self.settings = replace(settings, fallback=settings.fallback and not settings.strict)
         self.progress = progress
         self.choice: Choice | None = _choice(self.settings)
@@ -79,7 +84,7 @@ class Job:
         self._refuse_second_rounding()
         self.view = self.target.view(self.checkpoint, settings.arch, settings.assume_tied)
         self.out = _output(settings.out if settings.out is not None else self._default_name())
-        self.threads = settings.threads or default_threads()
+        self.threads = settings.threads or ranks.threads
         self.mix: Mixing | None = None
         if self.target.single_file:
             self.mix = Mixing.of(self.target, self.choice, self._named_view, self.settings, _dtype(settings.dtype))
@@ -96,26 +101,33 @@ class Job:
             QuantizeError: with the kinds and exit codes of `quantize.errors`. What was done is kept for the next
                 run after `ResourceError` and interrupts, and removed after the others.
         """
+        with self.ranks.together():
+            self.ranks.from_first(self._admit)  # only the first sees the disk as it was before any had begun
+            few_heaps()
+            with self._loops():
+                return self._run()
+
+    def _admit(self) -> None:
+        """Refuses what lies on the disk, and tidies up what a killed run has left."""
         tidy(self.out)
         if self.plan.refusal is not None:
             raise self.plan.refusal
-        few_heaps()
-        with self._loops():
-            return self._run()
 
     def _run(self) -> Report:
         self._require_evaluation_text()
-        text = self._calibration_text()
+        text = self.ranks.from_first(self._calibration_text)
         statistics = StatisticsFile(self.settings.statistics) if self.settings.statistics else None
         identity = self._identity(text)
         if statistics is not None and self._calibrates:
             statistics.require(identity["model"], text.sha256 if text else "")
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        output = OutputFolder(self.out, self.plan.layouts, digest, self.settings.restart, loose=self.target.single_file)
+        loose = self.target.single_file
+        output = OutputFolder(self.out, self.plan.layouts, digest, self.settings.restart, loose, self.ranks)
         try:
-            with one_torch_thread():
-                report = self._fill(output, text, statistics, identity)
-            output.publish(self.settings.overwrite)
+            with self.ranks.together():  # all know of an error before the output is removed
+                with one_torch_thread():
+                    report = self._fill(output, text, statistics, identity)
+                output.publish(self.settings.overwrite)
         except (KeyboardInterrupt, ResourceError):
             output.close()
             raise
@@ -132,7 +144,7 @@ class Job:
     def _loops(self) -> Iterator[None]:
         """Compiles the loops of the types that are needed while everything else goes on, where they never were."""
         types = {e.scheme.type for e in self.plan.quantized if isinstance(e.scheme, GGMLBlock) and not e.copied}
-        self._warming = Warming(types)
+        self._warming = Warming(types if self.ranks.first else ())
         try:
             yield
         finally:
@@ -168,13 +180,13 @@ class Job:
         statistics: StatisticsFile | None,
         identity: Mapping[str, Any],
     ) -> Report:
-        work = Work(self.plan, self.view, output, self.settings.allow_nan, self.progress)
+        work = Work(self.plan, self.view, output, self.settings.allow_nan, self.progress, self.ranks)
         work.copy(self._touched())
         with Pool(self.threads) as pool:
             if self._sweeps:
                 assert text is not None
                 self._wait_for_loops()
-                self._blockwise(work, text, statistics, identity["model"], pool)
+                self._blockwise(work, text, statistics, identity["model"], self.ranks.spread(pool))
             if self.mix is not None:
                 importance = self._importance(output, text)
                 self._wait_for_loops()
@@ -215,6 +227,7 @@ class Job:
             self.progress(what, 0, 1)
             self._warming.wait()
             self.progress(what, 1, 1)
+        self.ranks.agree()  # the others load what the first has compiled
 
     # -- what is computed ------------------------------------------------------------------------------------------
 
@@ -224,7 +237,7 @@ class Job:
         if text is None or not self.mix.gathers:
             return self.mix.means
         kept = output.path / _GATHERED
-        if kept.exists():
+        if self.ranks.from_first(kept.exists):
             matrix = read_imatrix(kept)
         else:
             matrix = gather_importance(
@@ -236,21 +249,20 @@ class Job:
                 self.threads,
                 output.path,
                 self.progress,
+                self.ranks,
             )
-            write_imatrix(kept, matrix)
-            if self.mix.save is not None:
+            if self.ranks.first:
+                write_imatrix(kept, matrix)
+            if self.mix.save is not None and self.ranks.first:
                 write_imatrix(self.mix.save, matrix)
         return self.mix.accept(matrix, self.view)
 
     def _nearest(self, work: Work, pool: Pool) -> None:
         """Makes every tensor by a method that needs no text."""
-        assert self.method is not None
+        method = self.method
+        assert method is not None
         todo = [e for e in self.plan.quantized if not work.written([e])]
-        for index, entry in enumerate(todo, 1):
-            block = work.block(entry.name, {entry.name: work.read(entry.name)})
-            work.store(block, self.method.quantize(block, pool))
-            del block  # its weights would wait in memory while the next ones are read
-            self.progress("quantizing", index, len(todo))
+        work.make_each(todo, lambda block: method.quantize(block, pool))
 
     def _blockwise(
         self, work: Work, text: CalibrationText, statistics: StatisticsFile | None, model: str, pool: Pool
@@ -271,6 +283,7 @@ class Job:
             self.threads,
             work.output.path,
             self.progress,
+            self.ranks,
         )
         blockwise.run(text, statistics, model, pool)
         return placing.entries if isinstance(placing, OwnNames) else ()
@@ -374,6 +387,7 @@ class Job:
             threads=self.threads,
             assume_tied=self.settings.assume_tied,
             progress=self.progress,
+            ranks=self.ranks,
         )
         value = result.to_dict()
         value.pop("chunks")
