@@ -14,8 +14,9 @@ from quantize.formats import named
 from quantize.formats.base import OUTPUT, TURNED, Checkpoint, NamedView, Observed
 from quantize.formats.gguf.imatrix import Importance, ImportanceMatrix
 from quantize.imatrix import SiteOf, gather
-from quantize.parallel import default_threads, one_torch_thread
+from quantize.parallel import one_torch_thread
 from quantize.progress import Progress
+from quantize.ranks import ALONE, Ranks
 from quantize.settings import Settings
 from quantize.skeleton import Skeleton
 from quantize.statistics import Squares
@@ -24,7 +25,9 @@ from quantize.sweep import Site
 _STACK = 3
 
 
-def importance_of(model: str | Path | None, settings: Settings, folder: Path, progress: Progress) -> ImportanceMatrix:
+def importance_of(
+    model: str | Path | None, settings: Settings, folder: Path, progress: Progress, ranks: Ranks = ALONE
+) -> ImportanceMatrix:
     """Returns the importance matrix of a model over the calibration text that the settings name.
 
     Args:
@@ -32,6 +35,7 @@ def importance_of(model: str | Path | None, settings: Settings, folder: Path, pr
         settings: Text, adapters, threads, architecture.
         folder: Where activations wait that have no room in memory.
         progress: Told how far it is.
+        ranks: Those that share the text; all get the same matrix, as one rank would.
 
     Raises:
         InputError: the model or the text cannot be used, or GGUF has no names for the model.
@@ -39,10 +43,10 @@ def importance_of(model: str | Path | None, settings: Settings, folder: Path, pr
     checkpoint = open_checkpoint(model, settings.adapters)
     skeleton = Skeleton(checkpoint, settings.assume_tied)
     view = cast(NamedView, named("gguf").view(checkpoint, settings.arch, settings.assume_tied))
-    text = calibration_text(settings, skeleton, checkpoint, progress)
-    threads = settings.threads or default_threads()
+    text = ranks.from_first(lambda: calibration_text(settings, skeleton, checkpoint, progress))
+    threads = settings.threads or ranks.threads
     with one_torch_thread(), tempfile.TemporaryDirectory(dir=folder, prefix=".quantize-") as spill:
-        return gather_importance(settings, skeleton, checkpoint, view, text, threads, Path(spill), progress)
+        return gather_importance(settings, skeleton, checkpoint, view, text, threads, Path(spill), progress, ranks)
 
 
 def gather_importance(
@@ -54,6 +58,7 @@ def gather_importance(
     threads: int,
     folder: Path,
     progress: Progress,
+    ranks: Ranks = ALONE,
 ) -> ImportanceMatrix:
     """Returns the mean squares of the inputs of a model's matrices over calibration text.
 
@@ -66,6 +71,7 @@ def gather_importance(
         threads: Threads; the result does not depend on them.
         folder: Where activations wait that have no room in memory.
         progress: Told how many blocks are done.
+        ranks: Those that share the text.
 
     Raises:
         InputError: a weight is NaN or Inf.
@@ -74,7 +80,7 @@ def gather_importance(
     observed = {name: found for name in names if (found := view.observed(name)) is not None}
     wanted = _sites(observed.values(), skeleton)
     seen: dict[Site, Squares] = {}
-    with open_sweep(settings, skeleton, checkpoint, text, threads, folder) as sweep:
+    with open_sweep(settings, skeleton, checkpoint, text, threads, folder, ranks) as sweep:
         for stage in sweep.stages():
             if not settings.allow_nan:
                 refuse_nan(checkpoint, stage.weights)
