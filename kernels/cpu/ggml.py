@@ -20,13 +20,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
 from importlib import import_module
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from quantize.kernels.cpu.kept import code_folder
+from quantize.kernels.cpu import kept
 
 
 class Block(NamedTuple):
@@ -191,8 +190,7 @@ def warm(names: Iterable[str], *, decoders: bool = False) -> None:
         blocks = encode(name, x, x[0])
         if decoders and name in DECODERS:
             decode(name, blocks)
-            with suppress(OSError):
-                _ready(name).touch()
+            kept.write(f"{name}.ready", b"")
 
 
 class Warming:
@@ -203,7 +201,7 @@ class Warming:
     """
 
     def __init__(self, names: Iterable[str]) -> None:
-        self.names = [name for name in sorted(set(names) & ENCODERS.keys()) if not _ready(name).exists()]
+        self.names = [name for name in sorted(set(names) & ENCODERS.keys()) if kept.read(f"{name}.ready") is None]
         self._processes: list[subprocess.Popen[bytes]] = []
         groups = [group for family in _FAMILIES if (group := [name for name in family if name in self.names])]
         self._pool = ThreadPoolExecutor(max(1, min(len(groups), os.cpu_count() or 1)), "compile")
@@ -227,14 +225,6 @@ class Warming:
         self._pool.shutdown(wait=False, cancel_futures=True)
         for process in self._processes:
             process.kill()
-
-
-def _ready(name: str) -> Path:
-    """Returns the file that says that a type's machine code is kept."""
-    try:
-        return code_folder() / f"{name}.ready"
-    except RuntimeError:  # no home
-        return Path(os.devnull)
 
 
 @cache

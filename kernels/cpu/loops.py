@@ -10,17 +10,16 @@ of numba's compiler.
 from __future__ import annotations
 
 import ctypes
-import os
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from functools import cached_property
 from hashlib import sha256
+from importlib import import_module
 from typing import Any, TypeVar
 
 import numpy as np
 
-from quantize.kernels.cpu.kept import code_folder
+from quantize.kernels.cpu import kept
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _NUMBERS: dict[type, type] = {bool: ctypes.c_uint8, int: ctypes.c_int64, np.float32: ctypes.c_float}
@@ -71,10 +70,10 @@ class Loop:
         with _LOCK:
             if key not in self._entries:
                 symbol = f"{self.function.__module__}.{self.__name__}-{sha256(key.encode()).hexdigest()[:16]}"
-                code = _read(symbol)
+                code = kept.read(f"{symbol}.o")
                 if code is None:
                     code = self.source.machine_code(args, symbol)
-                    _write(symbol, code)
+                    kept.write(f"{symbol}.o", code)
                 self._entries[key] = ctypes.CFUNCTYPE(ctypes.c_int32)(_linked(code, symbol))
             return self._entries[key]
 
@@ -89,6 +88,27 @@ class Loop:
     def _numba_type_(self) -> Any:
         """What numba takes it for where another function calls it."""
         return self.source.type
+
+
+class Elsewhere:
+    """A function of LLVM code by its name, so that nothing of numba is imported where no loop must be compiled.
+
+    Args:
+        module: Where it is defined, by numba's `intrinsic`.
+        name: Its name there.
+    """
+
+    def __init__(self, module: str, name: str) -> None:
+        self.module, self.name = module, name
+
+    @property
+    def _numba_type_(self) -> Any:
+        """What numba takes it for where a compiled function calls it."""
+        from numba.core.registry import cpu_target
+
+        function, context = getattr(import_module(self.module), self.name), cpu_target.typing_context
+        context.refresh()
+        return context.resolve_value_type(function)
 
 
 def _flatten(arg: Any, values: list[Any]) -> str:
@@ -129,19 +149,3 @@ def _linked(code: bytes, symbol: str) -> int:
     _engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     _engine.finalize_object()
     return int(_engine.get_function_address(symbol))
-
-
-def _read(symbol: str) -> bytes | None:
-    with suppress(OSError, RuntimeError):
-        return (code_folder() / f"{symbol}.o").read_bytes()
-    return None
-
-
-def _write(symbol: str, code: bytes) -> None:
-    """Keeps machine code if there is a folder for it; others may be writing the same."""
-    with suppress(OSError, RuntimeError):
-        folder = code_folder()
-        folder.mkdir(parents=True, exist_ok=True)
-        part = folder / f"{symbol}.{os.getpid()}.{threading.get_ident()}"
-        part.write_bytes(code)
-        part.replace(folder / f"{symbol}.o")

@@ -7,33 +7,16 @@ adding in another order.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import types
-from numba.extending import intrinsic
 
-from quantize.kernels.cpu.loops import compiled
+from quantize.kernels.cpu.loops import Elsewhere, compiled
 
-_intrinsic: Callable[[Any], Any] = intrinsic
+pick: Any = Elsewhere("quantize.kernels.cpu.vectors", "pick")
 
 # 1.5 * 2**23: adding and subtracting it rounds a float32 below 2**22 to a whole number, ties to even.
 MAGIC = np.float32(12582912.0)
-
-
-@_intrinsic
-def pick(typing_context: Any, condition: Any, one: Any, other: Any) -> Any:
-    """Returns `one if condition else other`, as a selection and never as a branch.
-
-    Still, where it is stored to the place that `other` was loaded from, the compiler makes a store under a condition
-    of it, and that is many times slower than storing either: loops here store elsewhere and copy.
-    """
-
-    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.select(*args)
-
-    return one(types.boolean, one, one), build
 
 
 @compiled

@@ -7,23 +7,18 @@ argument, since loops of a known length of 32 are unrolled before they could be 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from llvmlite import ir  # type: ignore[import-untyped]
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
 from quantize.kernels.cpu import packing
+from quantize.kernels.cpu.lanes import bit_extremes
 from quantize.kernels.cpu.loops import compiled
 from quantize.kernels.cpu.numeric import MAGIC
 from quantize.kernels.cpu.offsets import scan_offset
 from quantize.kernels.cpu.signed import scan_signed
 from quantize.kernels.cpu.tiles import ONE, ZERO, level, mean_squares, parts, room_for_results, workspace
 
-_intrinsic: Callable[[Any], Any] = intrinsic
 _BLOCK = 32
 _HALF = np.float32(0.5)
 _PLAN = np.array((-0.9, 0.05, 36), np.float32)  # see `scan_offset`
@@ -76,26 +71,6 @@ def largest_bits(bits: Any, at: int, count: int) -> Any:
     return most
 
 
-@_intrinsic
-def _bit_extremes(typing_context: Any, bits: Any) -> Any:
-    """Returns the greatest, the greatest with flipped sign bits, and the least of 32 int32, by vector instructions."""
-
-    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        array = context.make_array(signature.args[0])(context, builder, args[0])
-        whole = ir.VectorType(ir.IntType(32), _BLOCK)
-        values = builder.load(builder.bitcast(array.data, whole.as_pointer()), align=4)
-        flipped = builder.xor(values, ir.Constant(whole, [-0x80000000] * _BLOCK))
-        results = []
-        for kind, vector in (("smax", values), ("smax", flipped), ("smin", values)):
-            function = ir.FunctionType(ir.IntType(32), [whole])
-            name = f"llvm.vector.reduce.{kind}.v{_BLOCK}i32"
-            reduction: Any = cgutils.get_or_insert_function(builder.module, function, name)  # type: ignore[no-untyped-call]
-            results.append(builder.call(reduction, [vector]))
-        return context.make_tuple(builder, signature.return_type, results)
-
-    return types.UniTuple(types.int32, 3)(bits), build  # type: ignore[no-untyped-call]
-
-
 @compiled
 def round_away(value: Any) -> Any:
     """Returns a float32 below 2**22 rounded to a whole number, halves away from zero."""
@@ -122,7 +97,7 @@ def _encode_signed(x: Any, bits: Any, out: Any, width: int, length: int) -> None
 @compiled
 def _signed_largest(x: Any, bits: Any) -> Any:
     """Returns the weight of largest size in a block, the first of several; +0 if all are zero."""
-    above, below, _ = _bit_extremes(bits)
+    above, below, _ = bit_extremes(bits)
     if above > below:
         return np.int32(above).view(np.float32)
     if below > above:
@@ -152,7 +127,7 @@ def _encode_offset(x: Any, bits: Any, out: Any, width: int, length: int) -> None
 @compiled
 def _extremes(x: Any, bits: Any) -> Any:
     """Returns least and greatest weight of a block; a least of zero has the sign of the first zero."""
-    above, below, least = _bit_extremes(bits)
+    above, below, least = bit_extremes(bits)
     # As integers, negative floats are below all others, and the further from zero the greater.
     high = np.int32(above if above >= 0 else least).view(np.float32) + ZERO
     low = -np.int32(below).view(np.float32) if below >= 0 else np.int32(least).view(np.float32)
