@@ -20,11 +20,12 @@ from quantize.formats.gguf.header import read_values
 from quantize.formats.gguf.imatrix import ImportanceMatrix, read_imatrix, write_imatrix
 from quantize.formats.gguf.metadata import Value, parse_value, text
 from quantize.formats.gguf.mixes import MIXES
-from quantize.gathering import importance_of
+from quantize.gathering import Outlook, importance_of, outlook
 from quantize.imatrix import merge
 from quantize.pipeline import Job
 from quantize.planning import Plan
 from quantize.progress import Progress, silent
+from quantize.ranks import ours
 from quantize.recipe import KEEP
 from quantize.report import Report
 from quantize.schemes import FAMILIES
@@ -73,6 +74,8 @@ def run(
 ) -> Report:
     """Quantizes a model and returns the report; the output stands complete under its final name.
 
+    Under torchrun all workers call it alike, share the work, and get the same report or the same error.
+
     Args:
         model: A folder, a .gguf file or a hub id; None for the current folder.
         progress: Called with what is being done, how many parts are done, and of how many.
@@ -82,9 +85,12 @@ def run(
     Raises:
         QuantizeError: a subclass that tells the kind; see `quantize.errors`.
     """
-    job = Job(model, _settings(options), progress)
-    announce(job.plan)
-    return job.run()
+    ranks = ours()
+    with ranks.together():
+        job = Job(model, _settings(options), progress if ranks.first else silent, ranks)
+        if ranks.first:
+            announce(job.plan)
+        return job.run()
 
 
 def convert(
@@ -133,16 +139,41 @@ def importance(
     Raises:
         QuantizeError: as for `run`.
     """
-    file = _new_file(out, overwrite)
-    folder = Path.cwd() if file is None else file.parent
-    matrix = importance_of(model, _settings(options), folder, progress)
-    if file is not None:
-        write_imatrix(file, matrix, legacy)
+    ranks = ours()
+    with ranks.together():
+        file = ranks.from_first(lambda: _new_file(out, overwrite))
+        folder = Path.cwd() if file is None else file.parent
+        matrix = importance_of(model, _settings(options), folder, progress if ranks.first else silent, ranks)
+        if file is not None and ranks.first:
+            write_imatrix(file, matrix, legacy)
     return matrix
 
 
+def plan_importance(
+    model: str | Path | None = None, *, out: str | Path | None = None, overwrite: bool = False, **options: Any
+) -> Outlook:
+    """Returns what `importance` with these options would do, from headers alone; touches nothing.
+
+    Args:
+        model: As for `run`.
+        out: As for `importance`.
+        overwrite: As for `importance`.
+        options: As for `importance`.
+
+    Raises:
+        QuantizeError: it could not be done.
+    """
+    _new_file(out, overwrite)
+    return outlook(model, _settings(options))
+
+
 def merge_importance(
-    files: Sequence[str | Path], *, out: str | Path | None = None, legacy: bool = False, overwrite: bool = False
+    files: Sequence[str | Path],
+    *,
+    out: str | Path | None = None,
+    legacy: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
 ) -> ImportanceMatrix:
     """Returns the importance matrix of all texts together that some files of llama.cpp's or ours were made with.
 
@@ -151,16 +182,22 @@ def merge_importance(
         out: File to write it to.
         legacy: As for `importance`.
         overwrite: As for `importance`.
+        dry_run: Whether nothing shall be written.
 
     Raises:
         InputError: a file is none of an importance matrix, or is of another model.
     """
-    file = _new_file(out, overwrite)
-    matrices = [read_imatrix(Path(path).expanduser()) for path in files]
-    matrix = matrices[0] if len(matrices) == 1 else merge(matrices)
-    if file is not None:
-        write_imatrix(file, matrix, legacy)
-    return matrix
+    def made() -> ImportanceMatrix:
+        file = _new_file(out, overwrite)
+        matrices = [read_imatrix(Path(path).expanduser()) for path in files]
+        matrix = matrices[0] if len(matrices) == 1 else merge(matrices)
+        if file is not None and not dry_run:
+            write_imatrix(file, matrix, legacy)
+        return matrix
+
+    ranks = ours()
+    with ranks.together():
+        return ranks.from_first(made)
 
 
 def edit(
@@ -234,17 +271,20 @@ def evaluate(
         InputError: a model or the text cannot be used, or the tokenizers differ.
         UsageError: the definition makes no windows.
     """
-    return evaluate_checkpoints(
-        open(model, adapters),
-        open(base) if base is not None else None,
-        names=(str(model), str(base) if base is not None else None),
-        text=text,
-        definition=protocol(definition, context, stride),
-        chunks=chunks,
-        threads=threads,
-        assume_tied=assume_tied,
-        progress=progress,
-    )
+    ranks = ours()
+    with ranks.together():
+        return evaluate_checkpoints(
+            open(model, adapters),
+            open(base) if base is not None else None,
+            names=(str(model), str(base) if base is not None else None),
+            text=text,
+            definition=protocol(definition, context, stride),
+            chunks=chunks,
+            threads=threads,
+            assume_tied=assume_tied,
+            progress=progress if ranks.first else silent,
+            ranks=ranks,
+        )
 
 
 def inspect(model: str | Path | None = None, adapters: tuple[str, ...] = ()) -> dict[str, Any]:

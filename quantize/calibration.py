@@ -24,6 +24,18 @@ _PROBE_TOKENS = 32
 _BATCH_TOKENS = 512
 
 
+def text_sources(settings: Settings) -> tuple[str, ...]:
+    """Returns the sources of text that the settings name.
+
+    Raises:
+        UsageError: they name none.
+    """
+    sources = tuple(settings.calib) or ("default",)
+    if "none" in sources:
+        raise UsageError(f"{settings.method or 'an importance matrix'} needs calibration text", "drop --calib none")
+    return sources
+
+
 def calibration_text(
     settings: Settings, skeleton: Skeleton, checkpoint: Checkpoint, progress: Progress
 ) -> CalibrationText:
@@ -33,10 +45,7 @@ def calibration_text(
         UsageError: they name none.
         InputError: a source cannot be read, holds too little, or gives tokens that the model has no row for.
     """
-    sources = settings.calib or ("default",)
-    if "none" in sources:
-        raise UsageError(f"{settings.method or 'an importance matrix'} needs calibration text", "drop --calib none")
-    text = _mixed_rows(tuple(sources), settings, skeleton, checkpoint, progress)
+    text = _mixed_rows(text_sources(settings), settings, skeleton, checkpoint, progress)
     require_rows(text.ids, skeleton, checkpoint)
     return text
 

@@ -639,6 +639,8 @@ def test_b89_dry_runs_touch_nothing(wide: Path, tmp_path: Path, cli: Cli, monkey
     run = quantize.run(wide, type="Q8_0", out=tmp_path / "cut.gguf", split_size=600_000)
     part = tmp_path / run.files[0]
     whole = quantize.convert(part, format="gguf", out=tmp_path / "whole.gguf").out
+    matrix = tmp_path / "old.imatrix.gguf"
+    quantize.importance(wide, out=matrix, calib_samples=1, calib_length=16)
     before = listing(tmp_path)
     for words in (
         ("run", wide, "--type", "IQ2_XXS", "--imatrix", "new.gguf", "--ollama"),
@@ -646,6 +648,8 @@ def test_b89_dry_runs_touch_nothing(wide: Path, tmp_path: Path, cli: Cli, monkey
         ("run", whole, "--type", "Q4_0", "--requantize"),
         ("convert", part, "--format", "gguf"),
         ("convert", whole, "--format", "hf"),
+        ("imatrix", wide, "--out", "importance.gguf"),
+        ("imatrix", matrix, matrix, "--out", "both.gguf"),
         ("edit", whole, "--put", "general.name=other"),
         ("edit", whole, "--put", f"general.name={'long ' * 1000}"),
     ):

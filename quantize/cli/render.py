@@ -20,6 +20,7 @@ from quantize.cli.failures import Session
 from quantize.evaluation import Evaluation
 from quantize.formats.gguf.edit import Edited
 from quantize.formats.gguf.imatrix import ImportanceMatrix
+from quantize.gathering import Outlook
 from quantize.imatrix import coverage, statistics
 from quantize.planning import Plan, describe
 from quantize.progress import Progress as Callback
@@ -283,6 +284,23 @@ def edited(value: Edited, dry_run: bool, as_json: bool) -> None:
     how = "in place" if value.in_place else "by a copy"
     done = "would change" if dry_run else "changed"
     click.echo(f"{done} {', '.join(value.changed)} {how}, {size(value.written)} written")
+
+
+def outlook(value: Outlook, out: str, as_json: bool) -> None:
+    """Shows what gathering an importance matrix would do."""
+    tokens = value.rows * value.length
+    if as_json:
+        emit({"out": out, "tokens": tokens, **asdict(value), "source": str(value.source)})
+        return
+    facts(
+        [
+            ("source", value.source),
+            ("output", out),
+            ("text", f"{value.rows} rows of {value.length} tokens, {tokens} in all: {', '.join(value.datasets)}"),
+            ("entries", f"{value.entries}, gathered over {value.blocks} blocks"),
+            ("peak memory", f"{size(value.peak_bytes)} (estimate)"),
+        ]
+    )
 
 
 def importance(value: ImportanceMatrix, out: str | None, as_json: bool) -> None:

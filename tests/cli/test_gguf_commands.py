@@ -31,6 +31,9 @@ def eight(wide: Path) -> Path:
 def test_imatrix(cli: Cli, wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     text = ("--calib-samples", "4", "--calib-length", "64")
+    planned = json.loads(cli("imatrix", wide, *text, "--json", "--dry-run").stdout)
+    assert (planned["entries"], planned["tokens"]) == (14, 256)
+    assert not (tmp_path / "Wide.imatrix.gguf").exists()
     result = cli("imatrix", wide, *text, "--json")
     assert result.exit_code == 0, result.stderr
     said = json.loads(result.stdout)
