@@ -187,6 +187,7 @@ def merge_importance(
     Raises:
         InputError: a file is none of an importance matrix, or is of another model.
     """
+
     def made() -> ImportanceMatrix:
         file = _new_file(out, overwrite)
         matrices = [read_imatrix(Path(path).expanduser()) for path in files]

@@ -320,7 +320,7 @@ def ours() -> Ranks:
 def first_knows() -> bool:
     """Returns whether the first worker knows of the error that ended the last work of this one, and will say it."""
     index, count = workers()
-    return index > 0 and _connected(index, count).told
+    return index > 0 and bool(_connected.cache_info().currsize) and _connected(index, count).told
 
 
 @cache

@@ -44,7 +44,7 @@ def guarded(session: Session, command: Callable[[], Any]) -> int:
             code = command()
         return code if isinstance(code, int) else 0
     except click.ClickException as error:
-        return _misused(error)
+        return 0 if follows() else _misused(error)  # the first worker says the same
     except (click.Abort, KeyboardInterrupt):
         say("error: interrupted", _resume(session))
         return INTERRUPTED
@@ -54,6 +54,15 @@ def guarded(session: Session, command: Callable[[], Any]) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
         return _failed(error, session)
+
+
+def follows() -> bool:
+    """Returns whether this is one of several workers, and not the first, which speaks for all."""
+    if "RANK" not in os.environ:
+        return False
+    from quantize.ranks import workers
+
+    return workers()[0] > 0
 
 
 def say(line: str, *hints: str) -> None:
@@ -81,6 +90,8 @@ def _failed(error: Exception, session: Session) -> int:
         import traceback
 
         click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
+    if follows() and _told():
+        return 0  # a code of its own would make torchrun end the first worker before it has spoken
     known = error if isinstance(error, QuantizeError) else resource_error(error)
     if known is None:
         kind = type(error).__name__
@@ -90,6 +101,13 @@ def _failed(error: Exception, session: Session) -> int:
     resume = _resume(session) if known.exit_code == RESOURCES else ""
     say(f"error: {known.message}", f"hint: {known.hint}" if known.hint else "", resume)
     return known.exit_code
+
+
+def _told() -> bool:
+    """Returns whether the first worker knows of this one's error, and will say it."""
+    from quantize.ranks import first_knows
+
+    return first_knows()
 
 
 def _resume(session: Session) -> str:

@@ -5,14 +5,17 @@ A new command takes its module, whose `click.Command` is called `command`, and o
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import click
 
-from quantize.cli.failures import Session, guarded
+from quantize.cli.failures import Session, follows, guarded
 
 # In the order of the help page; each line is the first sentence of the command's own help.
 COMMANDS = {
@@ -25,6 +28,9 @@ COMMANDS = {
     "edit": "Change the metadata of a GGUF file; tensors stay as they are.",
     "list": "List methods, formats and schemes, and which go together.",
 }
+
+# Those that several workers share; the others are the first one's alone.
+_SHARED = ("run", "convert", "eval", "imatrix")
 
 _EXAMPLES = """\b
 Examples:
@@ -69,8 +75,20 @@ class Commands(click.Group):
         """Runs one command and exits with its code; whatever goes wrong ends in one line."""
         session = Session(list(sys.argv[1:] if args is None else args))
         extra |= {"standalone_mode": False, "obj": session}
-        run = super().main
-        sys.exit(guarded(session, lambda: run(session.words, prog_name or "quantize", **extra)))
+        main = super().main
+
+        def run() -> int:
+            return guarded(session, lambda: main(session.words, prog_name or "quantize", **extra))
+
+        sys.exit(_silently(session.words, run) if follows() else run())
+
+
+def _silently(words: Sequence[str], run: Callable[[], int]) -> int:
+    """Does the part of a worker that another one speaks for; nothing where there is nothing to share."""
+    if "--dry-run" in words or not words or words[0] not in _SHARED:
+        return 0
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+        return run()
 
 
 def _version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
