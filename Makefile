@@ -55,6 +55,8 @@ bench: $(VENV)/.ready
 	  --converter $(LLAMA_CPP)/convert_hf_to_gguf.py
 	$(BIN)/python benchmarks/awq.py $(MODEL) --group-size $(GROUP) --text $(TEXT) $(addprefix --calib ,$(CALIB)) \
 	  --peer $(PEERS)/llmcompressor/bin/python
+	$(BIN)/python benchmarks/gptq.py $(MODEL) --group-size $(GROUP) --text $(TEXT) --calib $(CALIB) \
+	  --peer $(PEERS)/gptqmodel/bin/python
 	$(BIN)/python benchmarks/encoders.py --library $(LLAMA_CPP)/build/bin
 	$(BIN)/quantize imatrix $(MODEL) --out $(IMATRIX) --overwrite
 	$(BIN)/python benchmarks/gguf_job.py $(MODEL) --imatrix $(IMATRIX) --programs $(LLAMA_CPP)/build/bin \

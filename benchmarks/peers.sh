@@ -21,7 +21,7 @@ environment() { # NAME REQUIREMENT...
 
 environment llmcompressor \
   llmcompressor==0.14.0.1 compressed-tensors==0.19.0 torch==2.13.0 transformers==5.17.0 accelerate==1.15.0 \
-  accelerate==1.15.0 datasets==5.2.0 safetensors==0.8.0 numpy==2.4.6
+  datasets==5.2.0 safetensors==0.8.0 numpy==2.4.6
 
 environment gptqmodel \
   GPTQModel==7.7.0 Defuser==0.0.28 optimum==2.3.0 torch==2.14.1 torchao==0.18.0 transformers==5.24.0 \

@@ -15,7 +15,7 @@ from quantize.schemes import AffineInt, GGMLBlock, Plain, Scheme, parse_scheme
 from quantize.settings import Settings
 
 # Methods and formats of the plan that do not stand yet: named so that the answer is not "unknown".
-_TO_COME = ("gptq", "awq+gptq", "exl2", "fp8")
+_TO_COME = ("exl2", "fp8")
 _FORMATS_TO_COME = ("exl2", "mlx", "compressed-tensors")
 # The formats that are asked first, of those that hold what a method makes; then those of the table in order.
 _FIRST_CHOICE = {"gptq": "gptq"}
