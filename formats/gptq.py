@@ -177,7 +177,7 @@ class GPTQCheckpoint(FolderCheckpoint):
                 f"{extent.file}: '{module}.qzeros' has lost zero points: its packer stored 0 - 1 over their neighbours",
                 "use the model it was made from",
             )
-        return (stored + 1) & 2**scheme.bits - 1
+        return (stored + 1).bitwise_and_(2**scheme.bits - 1)
 
     def _symmetric(self, file: Path, module: str, bits: int, stored: Tensor) -> Tensor:
         """Returns the middle code for all groups, if what is stored is that in the version that the config says."""

@@ -47,7 +47,7 @@ def test_choices(arguments: tuple[object, ...], scheme: AffineInt, target: str, 
         (("rtn", 4, 256, False, "awq", None), InputError, "group sizes 16, 32, 64, 128 and -1"),
         (("rtn", 4, None, False, "gguf", None), InputError, "format gguf cannot hold int4-g128"),
         ((None, None, None, False, "awq", "Q4_K_M"), UsageError, "Q4_K_M is a GGUF type, not one of format awq"),
-        (("awq", None, None, False, None, "Q4_K_M"), InputError, "--method awq cannot choose points of GGUF types yet"),
+        (("awq", None, None, False, None, "Q4_K_M"), InputError, "--method awq cannot choose points of Q4_K_M"),
         ((None, None, None, False, None, "Q4_K_N"), UsageError, "did you mean 'Q4_K_S'"),
     ],
 )
