@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections import ChainMap, deque
+from collections import ChainMap, Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, suppress
@@ -74,6 +74,7 @@ class _Watch(Generic[S]):
         lead: Batches ahead of the first that counts.
         rehearsal: Whether the batches go no further than the last of the sites, and then stand before the block again.
         everyone: Whether every expert sees every token.
+        to_end: Whether a rehearsal goes through the whole block: sites may be come by again.
     """
 
     parameters: Mapping[str, Tensor]
@@ -83,6 +84,7 @@ class _Watch(Generic[S]):
     lead: int
     rehearsal: bool
     everyone: bool = False
+    to_end: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def watcher(self, index: int) -> _Watcher:
@@ -97,7 +99,7 @@ class _Watch(Generic[S]):
             with self.lock:
                 self.totals[name].add(index - self.lead, part)
             left.discard(name)
-            if self.rehearsal and not left:
+            if self.rehearsal and not left and not self.to_end:
                 raise _SeenAll
 
         return _Watcher(self.parameters, observe)
@@ -282,6 +284,7 @@ class Stage:
         self._batches = batches
         self._loaded: dict[str, Tensor] = {}
         self._changed: set[str] = set()
+        self._repeated: set[Site] = set()
 
     def load(self, changed: Mapping[str, Tensor] | None = None) -> None:
         """Puts the stored tensors, with those in `changed` exchanged, into the module.
@@ -323,6 +326,7 @@ class Stage:
         watcher = _Watcher(self._loaded, lambda site, x: calls.append((site, x)), used if ask_used else None)
         with torch.no_grad(), _Paging(self._sweep), watcher:
             result = self._sweep.originals[self.path](*args, **kwargs)
+        self._repeated |= {site for site, count in Counter(site for site, _ in calls).items() if count > 1}
         return Trial(calls, used, list(tensors((result, args, kwargs))))
 
     @overload
@@ -350,6 +354,8 @@ class Stage:
     def rehearse(self, groups: Mapping[Site, str], needs: type[S], everyone: bool = False) -> dict[str, S]:
         """Passes all batches through the block as it is loaded, only as far as the last of some sites, and back.
 
+        Where a probe came by one of them more than once, they go to the end.
+
         Args:
             groups: The sites to watch, each with the name under which its statistics are added up.
             needs: What is gathered there.
@@ -358,7 +364,8 @@ class Stage:
         Returns:
             The statistics by name; a name whose sites saw no token is missing.
         """
-        watch = replace(self._watch(groups, needs, rehearsal=True), everyone=everyone)
+        to_end = not self._repeated.isdisjoint(groups)
+        watch = replace(self._watch(groups, needs, rehearsal=True), everyone=everyone, to_end=to_end)
         self._let_pass(watch)
         return watch.found(self._sweep.ranks)
 

@@ -21,12 +21,18 @@ from quantize.structure import Input
 from quantize.sweep import Site, Stage
 from quantize.trace import Structure
 
+# The number of an expert in a stored name, `experts.3.` or `experts.expert_3.`.
+_EXPERT = re.compile(r"(experts\.[^.\d]*)\d+(?=\.)")
+
 
 def turns_of(structure: Structure) -> list[dict[Site, str]]:
-    """Returns the sites of a block in turns: those of one role together, as are the experts' of one layer."""
+    """Returns the sites of a block in turns: those of one role together, as are those of one layer's experts.
+
+    Only the expert's own number does not count: `w1` and `w2` are no one role.
+    """
     turns: dict[str, dict[Site, str]] = {}
     for site, name in structure.sites.items():
-        turns.setdefault(re.sub(r"\d+", "", name), {})[site] = name
+        turns.setdefault(_EXPERT.sub(r"\1", name), {})[site] = name
     return list(turns.values())
 
 
