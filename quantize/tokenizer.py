@@ -14,6 +14,8 @@ from quantize.formats.base import Checkpoint
 from quantize.skeleton import Skeleton, quiet_transformers
 
 _NAMED = 5
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
+_HINT = "put its files beside the model; a type that needs importance can take --imatrix FILE instead"
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
@@ -34,7 +36,9 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
             return AutoTokenizer.from_pretrained(folder)
         except Exception as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise InputError(f"{checkpoint.path}: its tokenizer cannot be loaded: {reason}") from error
+            if not any(name in checkpoint.side_files for name in _TOKENIZERS):
+                raise InputError(f"{checkpoint.path}: holds no tokenizer, which text needs", _HINT) from error
+            raise InputError(f"{checkpoint.path}: its tokenizer cannot be loaded: {reason}", _HINT) from error
 
 
 def require_rows(ids: Tensor, skeleton: Skeleton, checkpoint: Checkpoint) -> None:

@@ -662,6 +662,7 @@ def test_names_that_are_unknown(wide: Path, tmp_path: Path, refused: Callable[..
     """Types, ways of splitting and architectures: the nearest or all that there are."""
     base = ("run", wide, "--out", tmp_path / "a.gguf", "--type")
     assert "did you mean 'Q4_K_S'?" in refused(2, *base, "Q4_K_X", names=("unknown GGUF type 'Q4_K_X'",))
+    assert "--set '*=nvfp4'" in refused(2, *base, "NVFP4", names=("a type of tensors, not of whole files",))
     for words in (("--output-type", "q9"), ("--embedding-type", "q9"), ("--tensor-type", "ffn=q9")):
         assert "q8_0" in refused(2, *base, "Q4_0", *words, names=("unknown GGML type 'q9'",))
     assert "llama-bpe" in refused(2, *base, "Q4_0", "--pre", "llama9", names=("llama9",))
@@ -685,8 +686,9 @@ def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
     report = quantize.run(source, type="Q4_0", out=tmp_path / "a.gguf")
     assert report.notes == ("no tokenizer beside the model: the file holds none",)
     assert read_part(report.out).metadata["tokenizer.ggml.model"] == "none"
-    with pytest.raises(InputError, match="tokenizer"):
+    with pytest.raises(InputError, match="holds no tokenizer, which text needs") as caught:
         quantize.run(source, type="IQ2_XXS", out=tmp_path / "b.gguf", **tiny.QUICK)
+    assert "--imatrix FILE" in str(caught.value.hint)
 
 
 def test_pure_gives_every_matrix_one_type(wide: Path, tmp_path: Path) -> None:

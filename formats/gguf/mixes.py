@@ -29,7 +29,7 @@ from quantize.formats.gguf.mixrules import (
     protection,
     walking_order,
 )
-from quantize.formats.gguf.overrides import Override, Overrides
+from quantize.formats.gguf.overrides import WEIGHT_TYPES, Override, Overrides
 from quantize.kernels.cpu.ggml import BLOCKS, NEEDS_IMPORTANCE
 from quantize.schemes import Shape
 
@@ -134,6 +134,9 @@ def find_mix(name: str) -> Mix:
     numbered = {str(mix.file_type): mix for mix in _TABLE}
     found = MIXES.get(name.upper()) or numbered.get(name)
     if found is None:
+        if (kind := name.lower()) in WEIGHT_TYPES:
+            hint = f"say --type Q8_0 --set '*={kind}', or --tensor-type 'PATTERN={kind}' for some tensors"
+            raise UsageError(f"'{name}' is a type of tensors, not of whole files", hint)
         raise unknown_name("GGUF type", name, MIXES)
     return found
 
