@@ -106,6 +106,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen35": ("Qwen3_5ForCausalLM", _LINEAR),
     "qwen35moe": ("Qwen3_5MoeForCausalLM", {**_EXPERTS, **_LINEAR, "shared_expert_intermediate_size": 64}),
+    "gemma": ("GemmaForCausalLM", {"hidden_act": "gelu_pytorch_tanh"}),
     "gemma2": ("Gemma2ForCausalLM", _SLIDING),
     "gemma3": (
         "Gemma3ForCausalLM",
@@ -149,6 +150,16 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "max_position_embeddings": 2048,
             "original_max_position_embeddings": 1024,
             "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, **_LONG},
+        },
+    ),
+    "granite": (
+        "GraniteForCausalLM",
+        {
+            "attention_multiplier": 0.1,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.5,
+            "logits_scaling": 2.0,
+            "tie_word_embeddings": True,
         },
     ),
     "gpt2": ("GPT2LMHeadModel", {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 128}),

@@ -11,12 +11,14 @@ from quantize.formats.gguf.architectures.base import Architecture
 from quantize.formats.gguf.architectures.bert import BERT
 from quantize.formats.gguf.architectures.deepseek2 import DEEPSEEK2, DEEPSEEK3
 from quantize.formats.gguf.architectures.falcon import FALCON
+from quantize.formats.gguf.architectures.gemma import GEMMA
 from quantize.formats.gguf.architectures.gemma2 import GEMMA2
 from quantize.formats.gguf.architectures.gemma3 import GEMMA3
 from quantize.formats.gguf.architectures.gemma4 import GEMMA4
 from quantize.formats.gguf.architectures.glm4moe import GLM4MOE
 from quantize.formats.gguf.architectures.gpt2 import GPT2
 from quantize.formats.gguf.architectures.gptoss import GPT_OSS
+from quantize.formats.gguf.architectures.granite import GRANITE
 from quantize.formats.gguf.architectures.jamba import JAMBA
 from quantize.formats.gguf.architectures.lfm2 import LFM2
 from quantize.formats.gguf.architectures.llama import LLAMA
@@ -47,9 +49,11 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     QWEN3NEXT,
     QWEN35,
     QWEN35MOE,
+    GEMMA,
     GEMMA2,
     GEMMA3,
     GEMMA4,
+    GRANITE,
     PHI3,
     GPT2,
     GPT_OSS,
