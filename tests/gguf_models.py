@@ -235,6 +235,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "lfm2": ("Lfm2ForCausalLM", {**_EQUAL, "layer_types": ["conv", "full_attention"], "block_multiple_of": 32}),
     "bert": ("BertModel", {"type_vocab_size": 2, "num_key_value_heads": ..., **_EQUAL}),
     "t5": ("T5ForConditionalGeneration", _T5),
+    "umt5": ("UMT5ForConditionalGeneration", {**_T5, "feed_forward_proj": "gated-gelu"}),
     "flan-t5": (
         "T5ForConditionalGeneration",
         {**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},

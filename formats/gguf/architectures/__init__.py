@@ -34,7 +34,7 @@ from quantize.formats.gguf.architectures.qwen3next import QWEN3NEXT
 from quantize.formats.gguf.architectures.qwen35 import QWEN35, QWEN35MOE
 from quantize.formats.gguf.architectures.settings import Keys, Settings
 from quantize.formats.gguf.architectures.starcoder2 import STARCODER2
-from quantize.formats.gguf.architectures.t5 import T5
+from quantize.formats.gguf.architectures.t5 import T5, UMT5
 
 __all__ = ["ARCHITECTURES", "Architecture", "names", "of_config", "of_metadata"]
 
@@ -68,6 +68,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     LFM2,
     BERT,
     T5,
+    UMT5,
 )
 
 

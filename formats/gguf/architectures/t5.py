@@ -1,9 +1,9 @@
-"""T5: an encoder and a decoder."""
+"""T5 and UMT5: an encoder and a decoder."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from quantize.formats.gguf.architectures.base import HEAD, Architecture, Form, Rule, Where, always, weight
@@ -26,8 +26,16 @@ def _first(settings: Settings, block: int) -> bool:
     return block == 0
 
 
-def _side(short: str, long: str, mlp: int, count: Any) -> tuple[Rule, ...]:
-    """Returns the rules of encoder or decoder; `mlp` is the number of the MLP among a block's parts."""
+def _side(short: str, long: str, mlp: int, count: Any, biased: Where) -> tuple[Rule, ...]:
+    """Returns the rules of encoder or decoder.
+
+    Args:
+        short: What GGUF calls it.
+        long: What transformers calls it.
+        mlp: The number of the MLP among a block's parts.
+        count: Gives the number of blocks.
+        biased: The blocks with position biases of their own.
+    """
 
     def rule(target: str, source: str, where: Where = always) -> Rule:
         form = Form((f"{long}.block.{{n}}.layer.{source}.weight",))
@@ -37,7 +45,7 @@ def _side(short: str, long: str, mlp: int, count: Any) -> tuple[Rule, ...]:
     return (
         rule("attn_norm", "0.layer_norm"),
         *(rule(f"attn_{part}", f"0.SelfAttention.{part}") for part in "qkvo"),
-        rule("attn_rel_b", "0.SelfAttention.relative_attention_bias", _first),
+        rule("attn_rel_b", "0.SelfAttention.relative_attention_bias", biased),
         rule("ffn_norm", f"{mlp}.layer_norm"),
         rule("ffn_gate", f"{dense}.wi_0", gated),
         rule("ffn_up", f"{dense}.wi_1", gated),
@@ -113,19 +121,27 @@ class _Context:
 
 _EMBEDDINGS = ("shared", "encoder.embed_tokens", "decoder.embed_tokens")
 
-T5 = Architecture(
-    "t5",
-    "t5",
-    "T5ForConditionalGeneration",
-    rules=(
+
+def _rules(biased: Where) -> tuple[Rule, ...]:
+    return (
         Rule(("token_embd.weight",), tuple(Form((f"{name}.weight",)) for name in _EMBEDDINGS)),
         weight("enc.output_norm", "encoder.final_layer_norm"),
         weight("dec.output_norm", "decoder.final_layer_norm", _SCALED),
         Rule(("output.weight",), (Form(("lm_head.weight",)),), group=HEAD),
-        *_side("enc", "encoder", 1, lambda settings: settings.layers),
-        *_side("dec", "decoder", 2, _decoders),
+        *_side("enc", "encoder", 1, lambda settings: settings.layers, biased),
+        *_side("dec", "decoder", 2, _decoders, biased),
         *_cross(),
-    ),
+    )
+
+
+# UMT5 goes by the name of T5, with biases in every block. Files of others do not say which they are.
+_EVERYWHERE = "relative_attention_bias_everywhere"
+
+T5 = Architecture(
+    "t5",
+    "t5",
+    "T5ForConditionalGeneration",
+    rules=_rules(_first),
     fields=(
         _Context(),
         Field("embedding_length", ("d_model", "hidden_size")),
@@ -144,5 +160,15 @@ T5 = Architecture(
     more=_more,
     back=_back,
     check=_check,
+    claims=lambda keys: not keys.raw(_EVERYWHERE),
     drops={r"(encoder|decoder)\.embed_tokens\.weight$|^shared\.weight$": "the embedding once more"},
+)
+UMT5 = replace(
+    T5,
+    model_type="umt5",
+    model_class="UMT5ForConditionalGeneration",
+    classes=(),
+    rules=_rules(always),
+    more=lambda settings: _more(settings) | {_EVERYWHERE: flag(True)},
+    claims=lambda keys: bool(keys.raw(_EVERYWHERE)),
 )
