@@ -18,7 +18,7 @@ from torch import Tensor
 
 from quantize.kernels import affine
 from quantize.methods.base import ROWS, Block, Prepared, Result, encode
-from quantize.parallel import Pool, spans
+from quantize.parallel import Pool
 from quantize.schemes import AffineInt, QuantizedTensor, Scheme
 from quantize.statistics import Statistics
 from quantize.structure import Fold, Input, fold_all, grouped
@@ -254,7 +254,7 @@ def _clip(weight: Tensor, hessian: Tensor, scheme: Scheme, pool: Pool) -> tuple[
         high = torch.where(keep, high * factor_high, high)
         return scheme.encode_within(part, low, high), torch.minimum(plain, clipped)
 
-    parts = list(pool.map(chunk, spans(len(weight), ROWS)))
+    parts = list(pool.map(chunk, pool.spans(len(weight), ROWS)))
     arrays = {key: torch.cat([coded.arrays[key] for coded, _ in parts]) for key in parts[0][0].arrays}
     return QuantizedTensor(scheme, tuple(weight.shape), arrays), torch.cat([error for _, error in parts])
 
@@ -272,7 +272,7 @@ def _nearest_loss(weight: Tensor, hessian: Tensor, scheme: Scheme, pool: Pool) -
         low, high = affine.extremes(part, scheme.group(part.shape[-1]))
         return float(_row_errors(part, low, high, scheme, hessian).double().sum())
 
-    return sum(pool.map(chunk, spans(len(weight), ROWS)))
+    return sum(pool.map(chunk, pool.spans(len(weight), ROWS)))
 
 
 def _quadratic(error: Tensor, hessian: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from quantize.parallel import Pool, spans
+from quantize.parallel import Pool
 from quantize.schemes import QuantizedTensor, Scheme
 from quantize.statistics import Statistics
 from quantize.structure import Input
@@ -75,7 +75,7 @@ def encode(scheme: Scheme, weight: Tensor, pool: Pool) -> QuantizedTensor:
     """Returns `weight` rounded to nearest, a run of rows at a time on the pool; rows share no grid."""
     if weight.dim() != 2:
         return scheme.encode(weight)
-    parts = list(pool.map(lambda span: scheme.encode(weight[span[0] : span[1]]), spans(len(weight), ROWS)))
+    parts = list(pool.map(lambda span: scheme.encode(weight[span[0] : span[1]]), pool.spans(len(weight), ROWS)))
     arrays = {key: torch.cat([part.arrays[key] for part in parts]) for key in parts[0].arrays}
     return QuantizedTensor(scheme, tuple(weight.shape), arrays)
 

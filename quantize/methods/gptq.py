@@ -20,7 +20,7 @@ from quantize.errors import UsageError, unknown_name
 from quantize.kernels.levels import GRIDS
 from quantize.methods.base import Block, Prepared, Result, encode
 from quantize.methods.feedback import Factor, blocks_by_need, factorize, feed_back, joined
-from quantize.parallel import Pool, spans
+from quantize.parallel import Pool
 from quantize.schemes import GGMLBlock, Levelled, QuantizedTensor, Scheme
 from quantize.statistics import Statistics
 from quantize.structure import Input
@@ -137,7 +137,7 @@ class GPTQ:
         def chunk(span: tuple[int, int]) -> QuantizedTensor:
             return feed_back(weight[span[0] : span[1]], factor, scheme, fit_first=self.act_order == "columns")
 
-        return joined(list(pool.map(chunk, spans(len(weight), _ROWS))), len(weight))
+        return joined(list(pool.map(chunk, pool.spans(len(weight), _ROWS))), len(weight))
 
 
 def _some(names: list[str]) -> str:
