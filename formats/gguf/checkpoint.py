@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import tempfile
 import weakref
@@ -18,7 +17,7 @@ from torch import Tensor
 from quantize.errors import InputError
 from quantize.formats.base import TensorInfo
 from quantize.formats.gguf.architectures.assemble import backward
-from quantize.formats.gguf.architectures.lazy import SAME, Arrays, Columns, Lazy
+from quantize.formats.gguf.architectures.lazy import Arrays, Columns, Lazy, Source
 from quantize.formats.gguf.architectures.settings import Settings
 from quantize.formats.gguf.config import COMPUTED, read_config, read_keys
 from quantize.formats.gguf.container import Stored, read_parts
@@ -27,13 +26,11 @@ from quantize.schemes import GGMLBlock, Plain, QuantizedTensor, Scheme, Shape
 
 
 @dataclass(frozen=True)
-class _Held(Lazy):
+class _Held(Source):
     """A tensor as it lies in the file."""
 
     name: str
     stored: Stored
-
-    children = ()
 
     @property
     def shape(self) -> Shape:
@@ -44,15 +41,6 @@ class _Held(Lazy):
     def scheme(self) -> Scheme:
         """The type that the header says."""
         return self.stored.scheme
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """Itself."""
-        return (self.name,)
-
-    def columns_of(self, source: str) -> Columns | None:
-        """Returns that they are the same."""
-        return SAME
 
     def fetch(self, start: int, stop: int, coded: bool) -> Arrays:
         """Reads rows as they are coded; decodes them when values are wanted."""
@@ -118,11 +106,7 @@ class GGUFCheckpoint:
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
         """All logical tensors, in file order."""
-        return {name: TensorInfo(name, t.shape, t.scheme, self._bytes(t)) for name, t in self._made.items()}
-
-    @staticmethod
-    def _bytes(tensor: Lazy) -> int:
-        return math.ceil(math.prod(tensor.shape) * tensor.scheme.bits_per_weight(tensor.shape) / 8)
+        return {name: TensorInfo(name, t.shape, t.scheme, t.nbytes) for name, t in self._made.items()}
 
     @property
     def quantization(self) -> dict[str, Any]:

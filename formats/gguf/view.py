@@ -187,15 +187,7 @@ class GGUFView(CheckpointView):
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
         """All tensors of the file, in its order."""
-        return {
-            name: TensorInfo(
-                name,
-                tensor.shape,
-                tensor.scheme,
-                math.ceil(math.prod(tensor.shape) * tensor.scheme.bits_per_weight(tensor.shape) / 8),
-            )
-            for name, tensor in self._made.items()
-        }
+        return {name: TensorInfo(name, t.shape, t.scheme, t.nbytes) for name, t in self._made.items()}
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Returns values `start` to `stop` of a tensor's first dimension."""

@@ -55,6 +55,11 @@ class Lazy(ABC):
         return tuple(dict.fromkeys(name for child in self.children for name in child.sources))
 
     @property
+    def nbytes(self) -> int:
+        """Bytes that its values or codes take."""
+        return math.ceil(math.prod(self.shape) * self.scheme.bits_per_weight(self.shape) / 8)
+
+    @property
     def same_columns(self) -> bool:
         """Whether its input columns are those of all its stored tensors."""
         return all(self.columns_of(source) is SAME for source in self.sources)
@@ -99,14 +104,34 @@ def _value_dtype(scheme: Scheme) -> torch.dtype:
     return scheme.dtype if isinstance(scheme, Plain) else torch.float32
 
 
+def _common_scheme(parts: Sequence[Lazy]) -> Scheme:
+    schemes = {part.scheme for part in parts}
+    return schemes.pop() if len(schemes) == 1 else Plain(torch.float32)
+
+
+class Source(Lazy):
+    """A tensor that lies in a file under a name of its own."""
+
+    name: str
+
+    children = ()
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Itself."""
+        return (self.name,)
+
+    def columns_of(self, source: str) -> Columns | None:
+        """Returns that they are the same."""
+        return SAME
+
+
 @dataclass(frozen=True)
-class Leaf(Lazy):
+class Leaf(Source):
     """A tensor of a checkpoint as it is."""
 
     checkpoint: Checkpoint
     name: str
-
-    children = ()
 
     @property
     def shape(self) -> Shape:
@@ -117,15 +142,6 @@ class Leaf(Lazy):
     def scheme(self) -> Scheme:
         """The grid in the checkpoint."""
         return self.checkpoint.tensors[self.name].scheme
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """Itself."""
-        return (self.name,)
-
-    def columns_of(self, source: str) -> Columns | None:
-        """Returns that they are the same."""
-        return SAME
 
     def fetch(self, start: int, stop: int, coded: bool) -> Arrays:
         """Reads from the checkpoint; a coded tensor is read whole, as checkpoints give it."""
@@ -214,8 +230,7 @@ class Rows(Lazy):
     @cached_property
     def scheme(self) -> Scheme:
         """The grid of the parts, or float32 when they differ."""
-        schemes = [part.scheme for part in self.parts]
-        return schemes[0] if len(set(schemes)) == 1 else Plain(torch.float32)
+        return _common_scheme(self.parts)
 
     def fetch(self, start: int, stop: int, coded: bool) -> Arrays:
         """Reads the runs of rows that the range needs, each once; decodes what is wanted and no more."""
@@ -264,8 +279,7 @@ class Stacked(Lazy):
     @cached_property
     def scheme(self) -> Scheme:
         """The grid of the parts, or float32 when they differ."""
-        schemes = {part.scheme for part in self.parts}
-        return schemes.pop() if len(schemes) == 1 else Plain(torch.float32)
+        return _common_scheme(self.parts)
 
     def fetch(self, start: int, stop: int, coded: bool) -> Arrays:
         """Reads the tensors of the range."""
@@ -312,8 +326,7 @@ class InnerRows(Lazy):
     @property
     def scheme(self) -> Scheme:
         """The grid of the parts, or float32 when they differ."""
-        schemes = {part.scheme for part in self.parts}
-        return schemes.pop() if len(schemes) == 1 else Plain(torch.float32)
+        return _common_scheme(self.parts)
 
     def fetch(self, start: int, stop: int, coded: bool) -> Arrays:
         """Reads the entries of the range."""
