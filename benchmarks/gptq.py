@@ -3,7 +3,8 @@
 
 All get the same token rows, an even interleaved mix of the calibration files, and the same grid: symmetric, which is
 GPTQModel's default, or with zero points. All outputs are measured by one evaluator against the same base. Time and
-memory are of whole processes, evaluation not included. GPTQModel runs on the CPU with its defaults (desc_act off).
+memory are of whole processes, evaluation not included. GPTQModel runs on the CPU with its defaults
+(desc_act off), the model loaded in float32, which is its fastest way there.
 
     python benchmarks/gptq.py MODEL --bits 4 3 --group-size 64 --peer PEERS/gptqmodel/bin/python \
         --calib wiki.txt c4.txt code.txt --text wiki.test.raw
@@ -86,7 +87,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--group-size", type=int, required=True)
     parser.add_argument("--no-sym", dest="symmetric", action="store_false", help="with zero points")
     parser.add_argument("--peer", type=Path, help="Python of GPTQModel's environment")
-    parser.add_argument("--peer-dtype", default="auto", help="what GPTQModel loads the model in")
+    parser.add_argument("--peer-dtype", default="float32", help="what GPTQModel loads the model in")
     parser.add_argument("--peer-batch", type=int, default=1, help="rows of GPTQModel's batches")
     parser.add_argument("--calib", nargs="+", required=True, help="calibration texts, mixed evenly")
     parser.add_argument("--text", type=Path, required=True, help="text to measure loss on")
