@@ -7,16 +7,32 @@ adding in another order.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from quantize.kernels.cpu.loops import Elsewhere, compiled
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
 pick: Any = Elsewhere("quantize.kernels.cpu.vectors", "pick")
 
 # 1.5 * 2**23: adding and subtracting it rounds a float32 below 2**22 to a whole number, ties to even.
 MAGIC = np.float32(12582912.0)
+
+
+def aligned(*sizes: int) -> list[NDArray[np.float32]]:
+    """Returns float32 arrays of zeros that start on cache lines: a vector that lies across two is loaded twice.
+
+    Args:
+        sizes: Numbers in each.
+    """
+    line = 16
+    starts = np.cumsum([0, *(-(-size // line) * line for size in sizes)])
+    room = np.zeros(starts[-1] + line, np.float32)
+    first = -room.ctypes.data // room.itemsize % line
+    return [room[first + start : first + start + size] for start, size in zip(starts, sizes, strict=False)]
 
 
 @compiled

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from quantize.kernels.cpu.loops import compiled
-from quantize.kernels.cpu.numeric import MAGIC, pick
+from quantize.kernels.cpu.numeric import MAGIC, aligned, pick
 
 LANES = 64
 LONGEST = 32  # values in a block at most
@@ -49,8 +49,7 @@ ZERO, ONE = np.float32(0), np.float32(1)
 
 def workspace() -> tuple[Any, ...]:
     """Returns float32 arrays to work in: five tiles, a `state` with room for two, and a row for variances."""
-    tiles = [np.zeros(TILE, np.float32) for _ in range(5)]
-    return (*tiles, np.zeros(2 * STATE, np.float32), np.zeros(LANES, np.float32))
+    return tuple(aligned(*[TILE] * 5, 2 * STATE, LANES))
 
 
 @compiled
