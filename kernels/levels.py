@@ -200,6 +200,47 @@ def pick(name: str, keep: Tensor, levels: Levels, other: Levels) -> Levels:
     return _levels(name, {key: torch.where(there, value, other.state[key]) for key, value in levels.state.items()})
 
 
+# Factors on a float scale that lead to the neighbouring grids.
+_NEARBY = (0.97, 1.03, 0.93, 1.07)
+
+
+def neighbours(name: str, levels: Levels) -> list[Levels]:
+    """Returns other storable grids, every sub-block a step away: scale codes and minimums by one, floats by a little.
+
+    Super-scales stay as they are.
+    """
+    grid, state = GRIDS[name], levels.state
+    if not grid.codes:
+        moved = [{**state, "d": half(state["d"] * factor)} for factor in _NEARBY]
+        if "m" in state:
+            step = levels.scale.abs() / 2
+            moved += [{**state, "m": half(state["m"] + sign * step)} for sign in (-1, 1)]
+        return [_levels(name, each) for each in moved]
+    low, high = grid.codes
+    steps = [(-1, 0), (1, 0), (0, -1), (0, 1), (-1, -1), (-1, 1), (1, -1), (1, 1)] if grid.mins else [(-1, 0), (1, 0)]
+    found = []
+    for code, minimum in steps:
+        each = {**state, "codes": (state["codes"] + code).clamp(low, high)}
+        if grid.mins:
+            each["mins"] = (state["mins"] + minimum).clamp(0, high)
+        found.append(_levels(name, each))
+    return found
+
+
+def choose(name: str, tried: Sequence[Levels], which: Tensor) -> Levels:
+    """Returns the grids in which each sub-block has those of `tried` that int64 `which` `[rows, subs]` says."""
+    return _levels(name, chosen(tried, which))
+
+
+def chosen(tried: Sequence[Levels], which: Tensor) -> dict[str, Tensor]:
+    """Returns the fields of `choose`; those that sub-blocks share are the same in all."""
+    state = dict(tried[0].state)
+    for key, value in state.items():
+        if value.shape == which.shape:
+            state[key] = torch.stack([each.state[key] for each in tried]).gather(0, which.unsqueeze(0)).squeeze(0)
+    return state
+
+
 def concatenate(name: str, parts: Sequence[Levels]) -> Levels:
     """Returns the grids of neighbouring columns as those of one matrix; at least one part."""
     return _levels(name, {key: torch.cat([part.state[key] for part in parts], 1) for key in parts[0].state})

@@ -49,7 +49,7 @@ from quantize.writer import REPORT, OutputFolder, check_target, tidy
 
 EVAL_CHUNKS = 20
 # Options of methods.
-_ROUNDING = ("damping", "shrinkage", "act_order")
+_ROUNDING = ("damping", "shrinkage", "act_order", "descent")
 # File systems take 255 bytes, and names grow while the output is made.
 _LONGEST_NAME = 230
 # Where an unfinished run keeps the importance that it has gathered.

@@ -112,6 +112,12 @@ def refuse_idle(settings: Settings, choice: Choice | None, target: Format) -> No
         UsageError: naming the first.
     """
     usual = Settings()
+    if settings.all_experts and choice is None:
+        raise UsageError("--all-experts says nothing without --method", "name a method")
+    if settings.all_experts and settings.statistics is not None:
+        raise UsageError(
+            "--all-experts has no meaning beside --statistics, whose experts see what is sent to them", "drop one"
+        )
     given = [name for name in (*_GGUF_ONLY, *_GRID_ONLY) if getattr(settings, name) != getattr(usual, name)]
     for name in given:
         said = f"--{_SPELT.get(name, name.replace('_', '-'))}"

@@ -64,13 +64,19 @@ class Levelled(Scheme, Protocol):
             importance: Cost of a squared error of each column, float32 `[block]`; None for equal costs.
         """
 
-    def assemble(self, codes: Tensor, levels: Sequence[Levels]) -> QuantizedTensor:
+    def assemble(self, codes: Tensor, parts: Sequence[Levels]) -> QuantizedTensor:
         """Returns the coded tensor.
 
         Args:
             codes: uint8 `[rows, cols]`, indices into the points.
-            levels: The grids of each block of columns, in order.
+            parts: The grids of each block of columns, in order.
         """
+
+    def neighbours(self, fitted: Levels) -> list[Levels]:
+        """Returns other storable grids of one block, every sub-block a small step away."""
+
+    def choose(self, tried: Sequence[Levels], which: Tensor) -> Levels:
+        """Returns the grids in which each sub-block has those of `tried` that int64 `which` `[rows, subs]` says."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -162,6 +168,10 @@ class Plain:
         return coded.arrays["values"].float()
 
 
+# Factors on a scale that lead to the neighbouring grids.
+_NEARBY = (0.98, 1.02, 0.95, 1.05)
+
+
 @dataclass(frozen=True, slots=True)
 class AffineInt:
     """Integer codes with one scale and one zero point per group of inputs: `w = (code - zero) * scale`.
@@ -242,13 +252,35 @@ class AffineInt:
         weights = torch.ones_like(weight[0]) if importance is None else importance
         scales, zeros = affine_search.search(weight, weights, self.bits, self.symmetric)
         points = torch.arange(2**self.bits, dtype=torch.float32, device=weight.device)
-        state = {"scales": scales.to(torch.float16), "zeros": zeros.to(torch.uint8)}
-        return Levels(scales, -zeros * scales, points, state)
+        return self._levels(scales.to(torch.float16), zeros.to(torch.uint8), points)
 
-    def assemble(self, codes: Tensor, levels: Sequence[Levels]) -> QuantizedTensor:
+    def assemble(self, codes: Tensor, parts: Sequence[Levels]) -> QuantizedTensor:
         """Returns the codes with the scales and zeros of their groups."""
-        arrays = {key: torch.cat([each.state[key] for each in levels], 1) for key in ("scales", "zeros")}
+        arrays = {key: torch.cat([part.state[key] for part in parts], 1) for key in ("scales", "zeros")}
         return QuantizedTensor(self, tuple(codes.shape), {"codes": codes, **arrays})
+
+    def neighbours(self, fitted: Levels) -> list[Levels]:
+        """Returns grids with a slightly smaller or larger scale and, where zeros are free, the next zero codes."""
+        scales, zeros = fitted.state["scales"], fitted.state["zeros"].int()
+        moves = [(factor, 0) for factor in _NEARBY]
+        if not self.symmetric:
+            moves += [(factor, step) for step in (-1, 1) for factor in (1.0, *_NEARBY[:2])]
+        top = 2**self.bits - 1
+        return [
+            self._levels(
+                _safe_half(scales.float() * f, scales), (zeros + step).clamp(0, top).to(torch.uint8), fitted.points
+            )
+            for f, step in moves
+        ]
+
+    def choose(self, tried: Sequence[Levels], which: Tensor) -> Levels:
+        """Returns the grids that `which` says."""
+        state = levels.chosen(tried, which)
+        return self._levels(state["scales"], state["zeros"], tried[0].points)
+
+    def _levels(self, scales: Tensor, zeros: Tensor, points: Tensor) -> Levels:
+        values = scales.float()
+        return Levels(values, -zeros.float() * values, points, {"scales": scales, "zeros": zeros})
 
     def decode(self, coded: QuantizedTensor) -> Tensor:
         """Returns `(codes - zeros) * scales`, float32 `[rows, cols]`."""
@@ -346,6 +378,20 @@ class GGMLBlock:
         """
         blocks = levels.join(self.type, levels.concatenate(self.type, parts), codes)
         return QuantizedTensor(self, tuple(codes.shape), {"blocks": blocks})
+
+    def neighbours(self, fitted: Levels) -> list[Levels]:
+        """Returns grids whose sub-block scales and minimums are a step away, under the same super-scales."""
+        return levels.neighbours(self.type, fitted)
+
+    def choose(self, tried: Sequence[Levels], which: Tensor) -> Levels:
+        """Returns the grids that `which` says."""
+        return levels.choose(self.type, tried, which)
+
+
+def _safe_half(scale: Tensor, old: Tensor) -> Tensor:
+    """Returns the nearest float16 scales; the old ones where that would be 0 or Inf."""
+    new = scale.half()
+    return torch.where(new.isfinite() & (new != 0), new, old)
 
 
 def _affine(match: re.Match[str]) -> Scheme:

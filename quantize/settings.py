@@ -39,6 +39,7 @@ class Settings:
         damping: Share of the Hessian's mean diagonal that gptq adds to its diagonal; None for the method's own.
         shrinkage: How far gptq draws the Hessian towards its diagonal, 0 to 1; None for the method's own.
         act_order: Order in which gptq rounds columns: "blocks", "columns" or "none"; None for the method's own.
+        descent: Rounds of coordinate descent after gptq's feedback; None for the method's own.
         all_experts: Whether every token goes to every expert while a method gathers what it needs.
         statistics: File to save statistics in, or to reuse them from if it exists.
         recipe: Recipe file.
@@ -80,6 +81,7 @@ class Settings:
     damping: float | None = None
     shrinkage: float | None = None
     act_order: str | None = None
+    descent: int | None = None
     all_experts: bool = False
     statistics: str | Path | None = None
     recipe: str | Path | None = None

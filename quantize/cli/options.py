@@ -225,11 +225,15 @@ ROUNDING = together(
     ),
     click.option(
         "--shrinkage", type=click.FloatRange(0, 1), metavar="SHARE",
-        help="gptq: how far the Hessian is drawn towards its diagonal; more for little text.  [default: 0.1]",
+        help="gptq: how far the Hessian is drawn towards its diagonal; more for little text.  [default: 0.25]",
     ),
     click.option(
         "--act-order", type=click.Choice(["blocks", "columns", "none"]),
-        help="gptq: the neediest groups of columns first, the neediest columns first, or none.  [default: blocks]",
+        help="gptq: the neediest groups of columns first, the neediest columns first, or none.  [default: columns]",
+    ),
+    click.option(
+        "--descent", type=click.IntRange(min=0), metavar="N",
+        help="gptq: rounds of coordinate descent after the feedback, codes first, then grids.  [default: 2]",
     ),
     click.option("--all-experts", is_flag=True, help="gptq: let every expert see every token of the calibration text."),
 )  # fmt: skip

@@ -15,6 +15,7 @@ All of it is torch and runs where its arguments are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,12 +23,13 @@ import torch
 from torch import Tensor
 
 from quantize.kernels.levels import Levels
+from quantize.methods.descent import Rounded
 from quantize.schemes import Levelled, QuantizedTensor
 
 # Columns that are rounded one by one before their errors are handed on by a matrix product.
 _RUN = 32
-# Rounds of larger damping before feedback is given up; each takes ten times the last.
-_ATTEMPTS = 5
+# Damping beyond which feedback is given up; each attempt takes ten times the last.
+_LARGEST_DAMPING = 100.0
 # Columns whose errors are handed on together where grids do not say so.
 _STEP = 128
 
@@ -61,9 +63,9 @@ def factorize(hessian: Tensor, order: Tensor, damping: float) -> Factor:
     back = order.flip(0)
     diagonal = hessian.diagonal()
     mean = float(diagonal.double().mean())
-    if mean > 0:
-        for attempt in range(_ATTEMPTS):
-            share = damping * 10.0**attempt
+    if 0 < mean < math.inf and damping > 0:
+        share = damping
+        while share <= _LARGEST_DAMPING:
             matrix = hessian[back[:, None], back]
             matrix.diagonal().add_(share * mean)
             lower, failed = torch.linalg.cholesky_ex(matrix)
@@ -73,6 +75,7 @@ def factorize(hessian: Tensor, order: Tensor, damping: float) -> Factor:
                 del lower
                 root = upper.diagonal().clone()
                 return Factor(order, upper.div_(root), root.square(), share)
+            share *= 10
     return Factor(order, torch.zeros_like(hessian), torch.ones_like(diagonal), None)
 
 
@@ -94,7 +97,7 @@ def blocks_by_need(need: Tensor, block: int) -> Tensor:
     return (inside + torch.arange(len(blocks), device=need.device)[:, None] * block)[outside].flatten()
 
 
-def feed_back(weight: Tensor, factor: Factor, scheme: Levelled, *, fit_first: bool = False) -> QuantizedTensor:
+def feed_back(weight: Tensor, factor: Factor, scheme: Levelled, *, fit_first: bool = False) -> Rounded:
     """Returns rows rounded with error feedback.
 
     Args:
@@ -133,7 +136,7 @@ def feed_back(weight: Tensor, factor: Factor, scheme: Levelled, *, fit_first: bo
         grid = _grid(fitted, here, block)
         found = _round_block(target, columns[start:stop], errors[start:stop], factor.feed[start:stop, start:stop], grid)
         codes[:, here] = found.T
-    return scheme.assemble(codes, [fitted[first] for first in sorted(fitted)])
+    return Rounded(codes, [fitted[first] for first in sorted(fitted)])
 
 
 @dataclass(frozen=True, slots=True)

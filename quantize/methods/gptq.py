@@ -19,6 +19,7 @@ from torch import Tensor
 from quantize.errors import UsageError, unknown_name
 from quantize.kernels.levels import GRIDS
 from quantize.methods.base import Block, Prepared, Result, encode
+from quantize.methods.descent import descend
 from quantize.methods.feedback import Factor, blocks_by_need, factorize, feed_back, joined
 from quantize.parallel import Pool
 from quantize.schemes import GGMLBlock, Levelled, QuantizedTensor, Scheme
@@ -34,6 +35,14 @@ _ORDERS = ("blocks", "columns", "none")
 
 
 @dataclass(frozen=True, slots=True)
+class _Curvature:
+    """The Hessian of an input as it is used: drawn to its diagonal and damped, float32 `[K, K]`; and its factor."""
+
+    hessian: Tensor
+    factor: Factor
+
+
+@dataclass(frozen=True, slots=True)
 class GPTQ:
     """Error feedback with the Hessian of each linear's input.
 
@@ -43,11 +52,14 @@ class GPTQ:
         act_order: Which columns come first. "blocks": the neediest block of columns, in it the neediest column;
             "columns": the neediest columns of all, on grids fitted before anything is rounded; "none": as they are.
             The file needs no index of groups in any case.
+        descent: Rounds of coordinate descent after the feedback: the first over codes, each further one over grids
+            and codes.
     """
 
     damping: float = 0.01
-    shrinkage: float = 0.1
-    act_order: Literal["blocks", "columns", "none"] = "blocks"
+    shrinkage: float = 0.25
+    act_order: Literal["blocks", "columns", "none"] = "columns"
+    descent: int = 2
 
     name = "gptq"
     summary = "error feedback with the Hessian of the inputs, block after block; minutes"
@@ -60,6 +72,8 @@ class GPTQ:
             raise UsageError(f"--damping {self.damping} is no share above 0, up to 1", "try 0.01")
         if not 0 <= self.shrinkage <= 1:
             raise UsageError(f"--shrinkage {self.shrinkage} is no share of 0 to 1", "try 0.1")
+        if self.descent < 0:
+            raise UsageError(f"--descent {self.descent} is no number of rounds", "try 2")
         if self.act_order not in _ORDERS:
             raise unknown_name("act-order", self.act_order, _ORDERS)
 
@@ -78,16 +92,17 @@ class GPTQ:
         coded: dict[str, QuantizedTensor] = {}
         notes: list[str] = []
         few: list[str] = []
-        for item, names, factor in self._factors(block, pool):
-            if factor is None:
+        for item, names, curvature in self._curvatures(block, pool):
+            if curvature is None:
                 few += names
                 continue
-            if factor.damping is None:
+            damping = curvature.factor.damping
+            if damping is None:
                 notes.append(f"{item.name}: its Hessian cannot be factorized, rounded without feedback")
-            elif factor.damping > self.damping:
-                notes.append(f"{item.name}: its Hessian took damping {factor.damping:g}")
+            elif damping > self.damping:
+                notes.append(f"{item.name}: its Hessian took damping {damping:g}")
             for name in names:
-                coded[name] = self._rounded(block.weights[name], factor, block.schemes[name], pool)
+                coded[name] = self._rounded(block.weights[name], curvature, block.schemes[name], pool)
         lost = [name for name in block.schemes if name not in coded]
         for name in lost:
             coded[name] = encode(block.schemes[name], block.weights[name], pool)
@@ -97,8 +112,8 @@ class GPTQ:
             notes.append(f"{block.name}: {len(unseen)} matrices saw no calibration token: {_some(unseen)} to nearest")
         return Result(coded, notes=tuple(dict.fromkeys(notes)))
 
-    def _factors(self, block: Block, pool: Pool) -> Iterator[tuple[Input, list[str], Factor | None]]:
-        """Yields the inputs that have statistics, consumers of each, and the Hessian's factor; None if it means little.
+    def _curvatures(self, block: Block, pool: Pool) -> Iterator[tuple[Input, list[str], _Curvature | None]]:
+        """Yields the inputs that have statistics, consumers of each, and the Hessian; None if it means little.
 
         An order of columns keeps blocks of one size whole, so consumers whose blocks differ have factors of their own.
         """
@@ -108,16 +123,16 @@ class GPTQ:
                 size = block.schemes[name].block if self.act_order == "blocks" else 0
                 parts.setdefault((item, size), []).append(name)
 
-        def factor(part: tuple[Input, int]) -> Factor | None:
+        def curvature(part: tuple[Input, int]) -> _Curvature | None:
             statistics = block.statistics[part[0].name]
             if statistics.count < part[0].width:
                 return None
-            return self._factor(statistics, block.schemes[parts[part][0]])
+            return self._curvature(statistics, block.schemes[parts[part][0]])
 
-        for part, found in zip(parts, pool.map(factor, parts), strict=True):
+        for part, found in zip(parts, pool.map(curvature, parts), strict=True):
             yield part[0], parts[part], found
 
-    def _factor(self, statistics: Statistics, scheme: Scheme) -> Factor:
+    def _curvature(self, statistics: Statistics, scheme: Scheme) -> _Curvature:
         hessian = statistics.hessian
         width = len(hessian)
         short = max(0.0, 1.0 - statistics.count / (_ENOUGH * width))
@@ -128,14 +143,20 @@ class GPTQ:
         order = torch.arange(width)
         if self.act_order != "none":
             order = blocks_by_need(diagonal, -1 if self.act_order == "columns" else scheme.block)
-        return factorize(hessian, order, self.damping)
+        factor = factorize(hessian, order, self.damping)
+        hessian.diagonal().add_((factor.damping or 1.0) * float(diagonal.double().mean()))
+        return _Curvature(hessian, factor)
 
-    def _rounded(self, weight: Tensor, factor: Factor, scheme: Scheme, pool: Pool) -> QuantizedTensor:
+    def _rounded(self, weight: Tensor, curvature: _Curvature, scheme: Scheme, pool: Pool) -> QuantizedTensor:
         """Returns a matrix with error feedback, runs of its rows on the pool; rows share nothing but the Hessian."""
         assert isinstance(scheme, Levelled)
 
         def chunk(span: tuple[int, int]) -> QuantizedTensor:
-            return feed_back(weight[span[0] : span[1]], factor, scheme, fit_first=self.act_order == "columns")
+            rows = weight[span[0] : span[1]]
+            rounded = feed_back(rows, curvature.factor, scheme, fit_first=self.act_order == "columns")
+            if self.descent and curvature.factor.damping is not None:
+                rounded = descend(rows, curvature.hessian, scheme, rounded, self.descent - 1)
+            return scheme.assemble(rounded.codes, rounded.levels)
 
         return joined(list(pool.map(chunk, pool.spans(len(weight), _ROWS))), len(weight))
 
