@@ -371,7 +371,7 @@ class OutputFolder:
 
     def _move_files(self) -> None:
         """Gives every file its final name, the one that engines open last; the journal lets the next run end this."""
-        names = sorted(file.name for file in self.path.iterdir() if file.name != JOURNAL)
+        names = sorted(file.name for file in self.path.iterdir() if not file.name.startswith("."))
         names.sort(key=lambda name: name == self.out.name)
         self._note({"moving": names})
         for name in names:

@@ -273,6 +273,7 @@ def equal_codes(one: Path, two: Path) -> dict[str, float]:
 @pytest.mark.parametrize("name", EXACT)
 def test_without_hessians_the_files_are_those_of_one_process(one: Path, two: Path, name: str) -> None:
     assert files(one, name) == files(two, name)
+    assert not [path.name for path in two.iterdir() if path.name.startswith(".")]
 
 
 @pytest.mark.parametrize(("name", "surely"), [("awq", ""), ("gptq", "layers.0.self_attn")])
