@@ -38,10 +38,10 @@ class Placing(Protocol):
         """Writes what a method made of a block, durably."""
 
     def stored(self, name: str, value: Tensor) -> Tensor:
-        """Returns a plain tensor as it will read back, float32."""
+        """Returns a plain tensor as it will read back, float32 where floating."""
 
     def read_back(self, stored: Sequence[str]) -> dict[str, Tensor]:
-        """Returns the tensors that are on disk already, as they read back, float32."""
+        """Returns the tensors that are on disk already, as they read back, float32 where floating."""
 
 
 class SameNames:
@@ -73,12 +73,15 @@ class SameNames:
         self._work.store(block, result)
 
     def stored(self, name: str, value: Tensor) -> Tensor:
-        """Returns the value cast as the plan says."""
+        """Returns the value cast as the plan says; what is not floating, or not in the plan, as it is."""
+        if name not in self._work.entries or not value.is_floating_point():
+            return value
         return self._work.cast(self._work.entries[name], value).float()
 
     def read_back(self, stored: Sequence[str]) -> dict[str, Tensor]:
         """Reads the output."""
-        return {name: self._output.read(name).float() for name in stored if name in self._work.entries}
+        values = {name: self._output.read(name) for name in stored if name in self._work.entries}
+        return {name: value.float() if value.is_floating_point() else value for name, value in values.items()}
 
     @cached_property
     def _output(self) -> Checkpoint:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from quantize.methods.base import Block, Method, Prepared, Result
@@ -85,6 +86,9 @@ def in_turns(
         coded |= result.coded
         notes += result.notes
         loaded |= {name: value.dequantize() for name, value in result.coded.items()}
+    # what stays plain passes on as it reads back too: a run that goes on after a kill has nothing else
+    kept = {n: stored(n, value) for n, value in weights.items() if n not in block.schemes and n not in plain}
+    loaded |= {name: value for name, value in kept.items() if not torch.equal(value, weights[name])}
     stage.load(loaded)
     targets = {name: weights[name] for name in prepared.changed if name in block.schemes}
     return Result(coded, plain, targets, tuple(notes))
