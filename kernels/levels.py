@@ -204,8 +204,13 @@ def pick(name: str, keep: Tensor, levels: Levels, other: Levels) -> Levels:
 _NEARBY = (0.97, 1.03, 0.93, 1.07)
 
 
+# Steps of scale code and minimum. The far ones cost little, for the work is in the number of columns.
+_STEPS = ((-1, 0), (1, 0), (0, -1), (0, 1), (-2, 0), (2, 0), (0, -2), (0, 2), (-1, -1), (-1, 1), (1, -1), (1, 1),
+          (-4, 0), (4, 0))  # fmt: skip
+
+
 def neighbours(name: str, levels: Levels) -> list[Levels]:
-    """Returns other storable grids, every sub-block a step away: scale codes and minimums by one, floats by a little.
+    """Returns other storable grids, every sub-block a step or two away: in scale code and minimum, or by a little.
 
     Super-scales stay as they are.
     """
@@ -217,9 +222,8 @@ def neighbours(name: str, levels: Levels) -> list[Levels]:
             moved += [{**state, "m": half(state["m"] + sign * step)} for sign in (-1, 1)]
         return [_levels(name, each) for each in moved]
     low, high = grid.codes
-    steps = [(-1, 0), (1, 0), (0, -1), (0, 1), (-1, -1), (-1, 1), (1, -1), (1, 1)] if grid.mins else [(-1, 0), (1, 0)]
     found = []
-    for code, minimum in steps:
+    for code, minimum in (step for step in _STEPS if grid.mins or not step[1]):
         each = {**state, "codes": (state["codes"] + code).clamp(low, high)}
         if grid.mins:
             each["mins"] = (state["mins"] + minimum).clamp(0, high)

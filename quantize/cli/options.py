@@ -233,7 +233,7 @@ ROUNDING = together(
     ),
     click.option(
         "--descent", type=click.IntRange(min=0), metavar="N",
-        help="gptq: rounds of coordinate descent after the feedback, codes first, then grids.  [default: 2]",
+        help="gptq: rounds of coordinate descent over grids and codes after the feedback.  [default: 2]",
     ),
     click.option("--all-experts", is_flag=True, help="gptq: let every expert see every token of the calibration text."),
 )  # fmt: skip

@@ -18,7 +18,7 @@ from quantize.schemes import Levelled
 
 # Columns between two updates of the gradient of all others.
 _RUN = 32
-# The widest sub-block whose grid is searched: the work grows with its square.
+# The widest sub-block whose grid is searched: the work grows with its square. Wider ones have only their codes mended.
 _WIDEST = 256
 
 
@@ -36,20 +36,18 @@ class Rounded:
 
 
 def descend(weight: Tensor, hessian: Tensor, scheme: Levelled, rounded: Rounded, rounds: int) -> Rounded:
-    """Returns rows whose loss is not larger: their codes mended, then `rounds` times their grids and codes.
+    """Returns rows whose loss is not larger: mended `rounds` times.
 
     Args:
         weight: float32 `[rows, K]`; not changed.
         hessian: float32 `[K, K]`, positive definite; not changed.
         scheme: The grid.
         rounded: The rows so far; used up.
-        rounds: 0 for the codes alone.
+        rounds: Each goes over all columns once. Two take off most of what can be had.
     """
     state = _State(weight, hessian, scheme, rounded)
-    state.mend_codes()
     for _ in range(rounds):
-        state.mend_grids()
-        state.mend_codes()
+        state.mend_codes() if state.sub > _WIDEST else state.mend_grids()
     return Rounded(state.codes.T.contiguous(), state.levels)
 
 
@@ -94,9 +92,7 @@ class _State:
             self.gradient[stop:].addmm_(self.hessian[stop:, start:stop], change)
 
     def mend_grids(self) -> None:
-        """Gives each sub-block in turn the best of the neighbouring grids, and new codes with it."""
-        if self.sub > _WIDEST:
-            return
+        """Gives each sub-block in turn the best of its grid and the neighbouring ones, and new codes with it."""
         for index, levels in enumerate(self.levels):
             tried = [levels, *self.scheme.neighbours(levels)]
             scale, offset = (torch.stack([getattr(each, key) for each in tried]) for key in ("scale", "offset"))

@@ -52,8 +52,7 @@ class GPTQ:
         act_order: Which columns come first. "blocks": the neediest block of columns, in it the neediest column;
             "columns": the neediest columns of all, on grids fitted before anything is rounded; "none": as they are.
             The file needs no index of groups in any case.
-        descent: Rounds of coordinate descent after the feedback: the first over codes, each further one over grids
-            and codes.
+        descent: Rounds of coordinate descent over grids and codes after the feedback.
     """
 
     damping: float = 0.01
@@ -155,7 +154,7 @@ class GPTQ:
             rows = weight[span[0] : span[1]]
             rounded = feed_back(rows, curvature.factor, scheme, fit_first=self.act_order == "columns")
             if self.descent and curvature.factor.damping is not None:
-                rounded = descend(rows, curvature.hessian, scheme, rounded, self.descent - 1)
+                rounded = descend(rows, curvature.hessian, scheme, rounded, self.descent)
             return scheme.assemble(rounded.codes, rounded.levels)
 
         return joined(list(pool.map(chunk, pool.spans(len(weight), _ROWS))), len(weight))
