@@ -232,6 +232,7 @@ def make_plan(checkpoint: Checkpoint, anatomy: Anatomy, request: Request, out: P
     schemes = {entry.name: entry.scheme for entry in entries}
     request = replace(request, format=request.format.settled(schemes))
     notices += [*_engine_notices(entries, request.format), *request.format.notices(schemes)]
+    notices += _text_notices(entries, request)
     files = _files(entries, request, out.name)
     free = shutil.disk_usage(_existing(out)).free
     plan = Plan(
@@ -403,6 +404,21 @@ def _refuse(entries: Sequence[Entry], request: Request) -> None:
             f"format {request.format.name} has one group size for the whole file, not {sorted(groups)}",
             "give all rules the same group size",
         )
+
+
+def _text_notices(entries: Sequence[Entry], request: Request) -> list[str]:
+    """Returns a line on calibration text that is short for the widest matrix."""
+    wanted = request.method.tokens_per_column if request.method is not None else 0
+    width = max((entry.shape[-1] for entry in entries if entry.quantized and not entry.copied), default=0)
+    tokens = request.samples * request.length
+    if tokens >= wanted * width:
+        return []
+    assert request.method is not None
+    rows = -(-wanted * width // request.length)
+    return [
+        f"{tokens} tokens of calibration text are few for inputs of {width} channels: {request.method.name} trusts"
+        f" them less; --calib-samples {rows} would be enough"
+    ]
 
 
 def _engine_notices(entries: Sequence[Entry], target: Format) -> list[str]:

@@ -40,6 +40,7 @@ class AWQ:
     calibrates = True
     sequential = False
     transforms = False
+    tokens_per_column = 0
 
     def reject(self, scheme: Scheme) -> str | None:
         """Returns a reason for grids that are not affine integers: clipping moves their extremes."""

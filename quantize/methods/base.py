@@ -106,6 +106,10 @@ class Method(Protocol):
     def transforms(self) -> bool:
         """Whether `prepare` changes weights."""
 
+    @property
+    def tokens_per_column(self) -> int:
+        """Tokens of calibration text for each input column below which the method makes do with less; 0 for none."""
+
     def prepare(self, block: Block, pool: Pool) -> Prepared | None:
         """Returns what is done to a block's weights before any is rounded, or None for nothing."""
 

@@ -29,8 +29,6 @@ from quantize.structure import Input
 # Rows of a chunk of work. Each column costs a few calls whatever the number of rows, so chunks are larger than
 # those of methods that touch each weight once.
 _ROWS = 1024
-# Tokens per input column below which a Hessian is drawn further towards its diagonal, and what that adds at none.
-_ENOUGH = 4
 _ORDERS = ("blocks", "columns", "none")
 
 
@@ -65,6 +63,7 @@ class GPTQ:
     calibrates = True
     sequential = True
     transforms = False
+    tokens_per_column = 4
 
     def __post_init__(self) -> None:
         if not 0 < self.damping <= 1:
@@ -134,7 +133,8 @@ class GPTQ:
     def _curvature(self, statistics: Statistics, scheme: Scheme) -> _Curvature:
         hessian = statistics.hessian
         width = len(hessian)
-        short = max(0.0, 1.0 - statistics.count / (_ENOUGH * width))
+        # with fewer tokens than that, up to half of what is left of it is taken off as well
+        short = max(0.0, 1.0 - statistics.count / (self.tokens_per_column * width))
         share = self.shrinkage + (1.0 - self.shrinkage) * short / 2
         diagonal = hessian.diagonal().clone()
         hessian = hessian * (1.0 - share)

@@ -15,6 +15,7 @@ class RTN:
     calibrates = False
     sequential = False
     transforms = False
+    tokens_per_column = 0
 
     def reject(self, scheme: Scheme) -> str | None:
         """Returns None: every grid can round to nearest."""
