@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,8 +35,8 @@ class Summary(Protocol):
         """Returns whether what each batch adds is kept until the batches of all ranks can be added up in order."""
 
     @staticmethod
-    def over_all(totals: Mapping[str, Accumulator[S]], ranks: Ranks) -> dict[str, S]:
-        """Returns what the batches of all ranks added up to, by name, where they are several; `totals` are spent."""
+    def over_all(totals: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
+        """Returns what the batches of several ranks added up to, by name; `totals`, accumulators, are spent."""
 
 
 S = TypeVar("S", bound=Summary)
