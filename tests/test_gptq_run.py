@@ -35,7 +35,7 @@ FILE: dict[str, Any] = QUICK | {"method": "gptq", "calib_samples": 3}
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.llama(tmp_path_factory.mktemp("model") / "Model", tokenizer=True, num_hidden_layers=3)
+    return tiny.llama(tmp_path_factory.mktemp("model") / "Model", tokenizer=True)
 
 
 @pytest.fixture(scope="module")
@@ -84,13 +84,12 @@ def config(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("options", "format_"),
     [
-        ({"bits": 4}, "gptq"),
         ({"bits": 3, "format": "gptq"}, "gptq"),
         ({"bits": 2, "symmetric": False, "act_order": "columns", "format": "gptq_v2"}, "gptq_v2"),
         ({"bits": 4, "format": "awq", "act_order": "none"}, "awq"),
         ({"bits": 4, "method": "awq+gptq"}, "awq"),
     ],
-    ids=["4", "3", "2-v2", "awq", "awq+gptq"],
+    ids=["3", "2-v2", "awq", "awq+gptq"],
 )
 def test_errors_of_the_report_are_those_of_the_folder(
     model: Path, tmp_path: Path, options: dict[str, Any], format_: str
@@ -100,7 +99,7 @@ def test_errors_of_the_report_are_those_of_the_folder(
     assert not [note for note in report.notes if "model.layers" in note]
     before, after = weights(model), weights(tmp_path / "Out")
     assert before.keys() == after.keys()
-    assert len(report.errors) == 21
+    assert len(report.errors) == 14
     method = config(tmp_path / "Out")["quantization_config"]["quant_method"]
     assert method == ("awq" if format_ == "awq" else "gptq")
     for name, value in before.items():
@@ -121,27 +120,19 @@ def test_errors_of_other_codes_than_nearest(model: Path, tmp_path: Path) -> None
     assert sum(ours.errors.values()) > sum(rtn.errors.values())
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq+gptq"])
-def test_any_number_of_threads_gives_the_same_bytes(model: Path, tmp_path: Path, method: str) -> None:
-    for threads in (1, 2):
-        options = FOLDER | {"method": method, "bits": 4, "threads": threads}
-        quantize.run(model, out=tmp_path / str(threads) / "Out", **options)
-    assert tiny.contents(tmp_path / "1" / "Out") == tiny.contents(tmp_path / "2" / "Out")
-
-
 def test_mixed_bits_and_kept_matrices(model: Path, tmp_path: Path) -> None:
     """Rules give single matrices other widths and groups, beside one another at one input; readers are told."""
     rules = ("*.v_proj=int8-g32-sym", "*.down_proj=int2-g32-sym", "model.layers.1.mlp.up_proj=keep")
     report = quantize.run(model, out=tmp_path / "Out", **FOLDER | {"bits": 4, "set": rules})
     before, after = weights(model), weights(tmp_path / "Out")
-    assert len(report.errors) == 20
+    assert len(report.errors) == 13
     for name, value in before.items():
         if name in report.errors:
             assert report.errors[name] == pytest.approx(share(value, after[name]), rel=1e-3)
         else:
             assert torch.equal(value, after[name])
     mean = {
-        leaf: sum(e for name, e in report.errors.items() if leaf in name) / 3 for leaf in ("v_proj", "q_proj", "down")
+        leaf: sum(e for name, e in report.errors.items() if leaf in name) / 2 for leaf in ("v_proj", "q_proj", "down")
     }
     assert mean["v_proj"] < mean["q_proj"] / 50
     assert mean["down"] > mean["q_proj"] * 5
@@ -163,17 +154,17 @@ def test_statistics_of_a_file_are_those_of_the_float_model(model: Path, tmp_path
     # queries, keys and values of the first block see the same inputs either way, nothing else does
     assert sorted(name.split(".")[-2] for name in same) == ["k_proj", "q_proj", "v_proj"]
     assert all(".layers.0." in name for name in same)
-    with_awq = quantize.run(model, out=tmp_path / "Awq" / "Out", **options | {"method": "awq+gptq"})
-    assert with_awq.errors.keys() == used.errors.keys()
 
 
 # -- GGUF --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["Q4_K_M", "Q2_K", "Q3_K_M", "Q5_0", "IQ4_XS"])
-def test_errors_of_the_report_are_those_of_the_file(wide: Path, tmp_path: Path, kind: str) -> None:
-    report = quantize.run(wide, type=kind, out=tmp_path / "a.gguf", **FILE)
-    plain = quantize.run(wide, type=kind, out=tmp_path / "b.gguf", eval="none", threads=1)
+def test_errors_of_the_report_are_those_of_the_file(wide: Path, tmp_path: Path) -> None:
+    """Types of many kinds, in the same places and of the same size as without feedback."""
+    kinds = {"attn_q": "q2_k", "attn_k": "q3_k", "attn_v": "iq4_xs", "attn_output": "q5_0", "ffn_up": "q8_0"}
+    same: dict[str, Any] = {"type": "Q4_K_M", "set": tuple(f"blk.1.{leaf}={kind}" for leaf, kind in kinds.items())}
+    report = quantize.run(wide, out=tmp_path / "a.gguf", **FILE | same)
+    plain = quantize.run(wide, out=tmp_path / "b.gguf", eval="none", threads=1, **same)
     base = stored(quantize.convert(wide, format="gguf", dtype="f32", out=tmp_path / "f32.gguf").out)
     held, other = stored(report.out), stored(plain.out)
     assert [(t.name, t.tensor_type, t.n_bytes) for t in held.values()] == [
@@ -188,14 +179,6 @@ def test_errors_of_the_report_are_those_of_the_file(wide: Path, tmp_path: Path, 
             assert report.errors[name] == pytest.approx(share(expected, value), rel=2e-3), name
         differ += tensor.data.tobytes() != other[name].data.tobytes()
     assert differ == 21
-
-
-def test_any_number_of_threads_gives_the_same_file(wide: Path, tmp_path: Path) -> None:
-    files = [
-        quantize.run(wide, type="Q3_K_M", out=tmp_path / f"{n}.gguf", **FILE | {"threads": n}).out.read_bytes()
-        for n in (1, 2)
-    ]
-    assert files[0] == files[1]
 
 
 def test_some_tensors_of_a_file_have_no_levels(wide: Path, tmp_path: Path) -> None:
@@ -244,19 +227,18 @@ def resumed(run: Callable[[], object], out: Path, marks: list[bytes]) -> int:
 @pytest.mark.parametrize(
     "more",
     [
-        {"method": "gptq", "bits": 4},
         {"method": "awq+gptq", "bits": 4},
         {"method": "gptq", "bits": 4, "dtype": "bf16", "set": ("*.0.mlp.up_proj=keep",)},
     ],
-    ids=["gptq", "awq+gptq", "cast"],
+    ids=["awq+gptq", "cast"],
 )
-def test_a_folder_killed_after_each_block(model: Path, tmp_path: Path, more: dict[str, Any]) -> None:
-    """What is on disk is read back, so that the blocks to come see what they would have seen."""
+def test_a_folder_killed_after_each_block(tmp_path: Path, more: dict[str, Any]) -> None:
+    """What is on disk is read back, so that the blocks to come see what they would have seen, on any threads."""
     options = FOLDER | more
-    if "dtype" in more:  # the source has more bits than the output
-        model = tiny.llama(tmp_path / "Exact", tokenizer=True, num_hidden_layers=3, dtype=torch.float32)
+    dtype = torch.float32 if "dtype" in more else torch.bfloat16  # the source may have more bits than the output
+    model = tiny.llama(tmp_path / "Model", tokenizer=True, num_hidden_layers=3, dtype=dtype)
     whole, out = tmp_path / "whole" / "Out", tmp_path / "killed" / "Out"
-    quantize.run(model, out=whole, **options)
+    quantize.run(model, out=whole, **options | {"threads": 2})
     marks = [b'"model.layers.0"', b'"model.layers.1"']
     assert resumed(lambda: quantize.run(model, out=out, **options), out, marks) == 2
     assert tiny.contents(out) == tiny.contents(whole)
@@ -264,12 +246,12 @@ def test_a_folder_killed_after_each_block(model: Path, tmp_path: Path, more: dic
 
 
 def test_a_file_killed_after_each_block(wide: Path, tmp_path: Path) -> None:
-    options = FILE | {"type": "Q4_K_M"}
+    options = FILE | {"type": "Q4_K_S"}
     (tmp_path / "whole").mkdir()
     whole, out = tmp_path / "whole" / "a.gguf", tmp_path / "a.gguf"
-    quantize.run(wide, out=whole, **options)
-    marks = [b'"model.layers.0"', b'"model.layers.1"', b'"model.layers.2"']
-    assert resumed(lambda: quantize.run(wide, out=out, **options), out, marks) >= 2
+    quantize.run(wide, out=whole, **options | {"threads": 2})
+    marks = [b'"model.layers.0"', b'"model.layers.1"']
+    assert resumed(lambda: quantize.run(wide, out=out, **options), out, marks) == 2
     assert out.read_bytes() == whole.read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf", "a.quantize.json", "whole"]
     assert (tmp_path / "a.quantize.json").read_bytes() == (tmp_path / "whole" / "a.quantize.json").read_bytes()
@@ -312,12 +294,6 @@ def test_b19_an_expert_without_tokens_is_rounded_to_nearest_and_named(experts: P
 def test_b19_all_experts_see_all_tokens_where_asked(experts: Path, tmp_path: Path) -> None:
     report = quantize.run(experts, out=tmp_path / "Out", **FOLDER | {"bits": 4, "all_experts": True})
     assert report.notes == ()
-    assert (
-        quantize.run(
-            experts, out=tmp_path / "b.gguf", **FILE | {"type": "Q4_0", "all_experts": True, "pure": True}
-        ).notes
-        == ()
-    )
 
 
 def test_b18_an_expert_without_tokens_in_a_file(experts: Path, tmp_path: Path) -> None:
@@ -332,13 +308,12 @@ def test_b18_an_expert_without_tokens_in_a_file(experts: Path, tmp_path: Path) -
     assert all(bool(value.isfinite().all()) for value in weights(report.out).values())
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq+gptq"])
-def test_b21_too_little_text(model: Path, tmp_path: Path, method: str) -> None:
-    """Fewer tokens than columns: the job ends, and says of which matrices; with a few more it says nothing."""
-    few = FOLDER | {"method": method, "bits": 4, "calib_samples": 1, "calib_length": 100}
+def test_b21_too_little_text(model: Path, tmp_path: Path) -> None:
+    """Fewer tokens than columns: the job ends, and says of which matrices."""
+    few = FOLDER | {"method": "awq+gptq", "bits": 4, "calib_samples": 1, "calib_length": 100}
     report = quantize.run(model, out=tmp_path / "Few", **few)
     notes = [note for note in report.notes if "fewer tokens than columns" in note]
-    assert len(notes) == 3
+    assert len(notes) == 2
     assert all("mlp.down_proj" in note for note in notes)
     assert all(bool(value.isfinite().all()) for value in weights(report.out).values())
 
@@ -364,7 +339,7 @@ def test_b21_b25_dead_channels_and_zero_groups(tmp_path: Path) -> None:
 
 def test_b23_no_activation_at_whole_blocks(tmp_path: Path) -> None:
     """The first 256 inputs of every linear of a block never differ from zero: all k-quants stay finite and near."""
-    settings = tiny.llama_config(**WIDE | {"hidden_size": 512})
+    settings = tiny.llama_config(**WIDE | {"hidden_size": 512, "num_hidden_layers": 2})
     tensors = tiny.values(tiny.llama_shapes(settings), dtype=torch.float32)
     for name, value in tensors.items():
         if name.endswith("norm.weight"):
@@ -442,9 +417,9 @@ def test_help_shows_the_options(cli: Cli) -> None:
     assert "awq+gptq" in listed
 
 
-def test_options_reach_the_method(model: Path, tmp_path: Path) -> None:
-    usual = quantize.run(model, out=tmp_path / "usual", **FOLDER | {"bits": 4}).errors
-    for number, more in enumerate(
-        ({"damping": 0.3}, {"shrinkage": 0.9}, {"act_order": "columns"}, {"act_order": "none"})
-    ):
-        assert quantize.run(model, out=tmp_path / str(number), **FOLDER | {"bits": 4} | more).errors != usual
+def test_options_reach_the_method(tmp_path: Path) -> None:
+    small = tiny.llama(tmp_path / "Small", tokenizer=True, num_hidden_layers=1)
+    options = ({"act_order": kind} for kind in ("blocks", "columns", "none"))
+    more = [*options, {"damping": 0.3}, {"shrinkage": 0.9}]
+    found = [quantize.run(small, out=tmp_path / str(n), **FOLDER | {"bits": 4} | o).errors for n, o in enumerate(more)]
+    assert len({tuple(errors.values()) for errors in found}) == len(more)
