@@ -215,7 +215,7 @@ class _Group(Ranks):
 
     def spread(self, pool: Pool) -> Pool:
         """Returns a pool over all members."""
-        return SharedPool(pool, self)
+        return SharedPool(pool, self, max(self.gather(pool.threads)))
 
     def _tell(self, error: Exception) -> None:
         """Takes part in the exchange that the others come to, with an error for a value."""
@@ -270,10 +270,11 @@ class SharedPool(Pool):
     Args:
         pool: Where this member computes its part.
         ranks: The group.
+        threads: The most threads that a member has; each computes pieces for so many between two exchanges.
     """
 
-    def __init__(self, pool: Pool, ranks: Ranks) -> None:
-        self.threads = pool.threads
+    def __init__(self, pool: Pool, ranks: Ranks, threads: int = 1) -> None:
+        self.threads = threads
         self._pool = pool
         self._ranks = ranks
 

@@ -46,7 +46,7 @@ class Settings:
         set: Rules `PATTERN=SCHEME`, before the file's.
         eval: Text to measure the loss on, "none", or None for the method's own.
         seed: Seed of every random choice.
-        threads: Threads; None for all processors.
+        threads: Threads, of each worker where there are several; None for all processors, evenly.
         activation_budget: Bytes of waiting activations kept in memory.
         requantize: Whether a quantized source may be quantized again.
         assume_tied: Whether a missing head is the embedding.
