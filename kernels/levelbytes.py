@@ -34,13 +34,13 @@ def _shifts(blocks: Tensor, count: int, width: int) -> Tensor:
 
 def _unpack(packed: Tensor, run: int, width: int, fields: int) -> Tensor:
     """Returns numbers of `width` bits: each run of bytes holds `fields` runs of numbers, the lowest bits first."""
-    parts = packed.unflatten(-1, (-1, 1, run)) >> _shifts(packed, fields, width)
+    parts = packed.reshape(*packed.shape[:-1], -1, 1, run) >> _shifts(packed, fields, width)
     return (parts & (1 << width) - 1).flatten(-3)
 
 
 def _pack(numbers: Tensor, run: int, width: int, fields: int) -> Tensor:
     """Undoes `_unpack`; bits of the numbers beyond `width` must be 0."""
-    parts = numbers.unflatten(-1, (-1, fields, run)) << _shifts(numbers, fields, width)
+    parts = numbers.reshape(*numbers.shape[:-1], -1, fields, run) << _shifts(numbers, fields, width)
     return parts.sum(-2, dtype=torch.uint8).flatten(-2)
 
 

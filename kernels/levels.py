@@ -121,7 +121,7 @@ def join(name: str, levels: Levels, codes: Tensor) -> Tensor:
 
 def values(name: str, levels: Levels, codes: Tensor) -> Tensor:
     """Returns the float32 weights `[rows, cols]` of `codes`, rounded as the decoder rounds."""
-    points = levels.points[codes.int()].unflatten(1, (-1, GRIDS[name].sub))
+    points = levels.points[codes.int()].reshape(*levels.scale.shape, GRIDS[name].sub)
     return (levels.scale.unsqueeze(-1) * points + levels.offset.unsqueeze(-1)).flatten(1)
 
 
@@ -129,7 +129,7 @@ def nearest(name: str, levels: Levels, weight: Tensor) -> Tensor:
     """Returns the code of the point nearest to each float32 weight `[rows, cols]`, uint8; any code for a scale 0."""
     grid = GRIDS[name]
     inverse = torch.where(levels.scale == 0, 0, 1 / levels.scale).unsqueeze(-1)
-    wanted = ((weight.unflatten(1, (-1, grid.sub)) - levels.offset.unsqueeze(-1)) * inverse).flatten(1)
+    wanted = ((weight.reshape(*levels.scale.shape, grid.sub) - levels.offset.unsqueeze(-1)) * inverse).flatten(1)
     if _even(grid.points):
         return wanted.sub_(grid.points[0]).round_().clamp_(0, len(grid.points) - 1).to(torch.uint8)
     middles = (levels.points[1:] + levels.points[:-1]) / 2
@@ -154,7 +154,7 @@ def snap(name: str, levels: Levels, scale: Tensor, offset: Tensor) -> Levels:
         state["codes"] = _multiple(scale, _spread(state["d"], scale), state["codes"], *grid.codes)
     else:
         state["d"] = half(scale)
-    if grid.mins:
+    if grid.mins and grid.codes:
         state["mins"] = _multiple(-offset, _spread(state["dmin"], offset), state["mins"], 0, grid.codes[1])
     elif "m" in state:
         state["m"] = half(offset)
@@ -262,7 +262,7 @@ def half(value: Tensor) -> Tensor:
 
 
 def _apart(name: str, blocks: Tensor) -> Tensor:
-    return blocks.unflatten(1, (-1, BLOCKS[name].nbytes))
+    return blocks.reshape(len(blocks), -1, BLOCKS[name].nbytes)
 
 
 def _levels(name: str, state: Mapping[str, Tensor]) -> Levels:
@@ -302,9 +302,8 @@ def _multiple(wanted: Tensor, step: Tensor, old: Tensor, low: int, high: int) ->
 
 def _fit(old: Tensor, multiples: Tensor, wanted: Tensor, weight: Tensor) -> Tensor:
     """Returns the steps `[rows, supers]` whose `multiples` come closest to `wanted`; `old` where all of them are 0."""
-    shape = (-1, multiples.shape[1] // old.shape[1])
-    top = (weight * multiples * wanted).unflatten(1, shape).sum(-1)
-    bottom = (weight * multiples * multiples).unflatten(1, shape).sum(-1)
+    top = (weight * multiples * wanted).reshape(*old.shape, -1).sum(-1)
+    bottom = (weight * multiples * multiples).reshape(*old.shape, -1).sum(-1)
     return torch.where(bottom > 0, top / bottom, old)
 
 
