@@ -11,7 +11,8 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -173,20 +175,26 @@ def test_a_process_on_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
 # ------------------------------------------------------------------------------------------------------------
 # Processes
 
-TEXT: dict[str, Any] = {"calib_samples": 5, "calib_length": 256, "threads": 1}
+TEXT: dict[str, Any] = {"calib_samples": 3, "calib_length": 256, "threads": 1}
 JOBS: dict[str, dict[str, Any]] = {
-    "rtn": {"method": "rtn", "bits": 4, "group_size": 64, "eval": "default", "threads": 1},
+    "gptq": {"method": "gptq", "bits": 4, "group_size": 64, "eval": "none", **TEXT},
+    "awq": {"method": "awq", "bits": 4, "group_size": 64, "eval": "none", **TEXT},
+    "rtn": {"method": "rtn", "bits": 4, "group_size": 64, "threads": 1},
     "mix.gguf": {"type": "Q4_K_M", "imatrix": "auto", "calib": ("default",), "eval": "none", **TEXT},
     "bf16.gguf": {"format": "gguf"},
-    "awq": {"method": "awq", "bits": 4, "group_size": 64, "eval": "none", **TEXT},
-    "gptq": {"method": "gptq", "bits": 4, "group_size": 64, "eval": "none", **TEXT},
 }
+WINDOWS = 6  # of 512 tokens, four in a batch: each worker has one
 EXACT = ("rtn", "mix.gguf", "bf16.gguf")
 SCRIPT = """
 import json, os, sys
 from pathlib import Path
 import quantize
-model, bad, out, jobs = sys.argv[1:]
+from quantize.cli import root
+model, bad, out, jobs, words = sys.argv[1:]
+try:
+    root.main(json.loads(words))
+except SystemExit as end:
+    assert end.code == 0, end.code
 for name, options in json.loads(jobs).items():
     quantize.run(model, out=Path(out) / name, **options)
 try:
@@ -196,35 +204,71 @@ except quantize.errors.QuantizeError as error:
 """
 
 
-def torchrun(*words: str | Path, **options: Any) -> subprocess.Popen[str]:
+def jobs(model: Path) -> dict[str, dict[str, Any]]:
+    """The jobs, with a text to evaluate one of them on."""
+    return {**JOBS, "rtn": {**JOBS["rtn"], "eval": str(model.with_name("eval.txt"))}}
+
+
+@dataclass(frozen=True)
+class Started:
+    """What two workers were started for: outputs, all but the first of one start, and what was said there.
+
+    Attributes:
+        out: The folder of the outputs.
+        kept: Checksums of the arrays that a first start, whose second worker was killed, had written.
+        code: How that start ended.
+        said: Everything that the second start said.
+    """
+
+    out: Path
+    kept: dict[str, int]
+    code: int
+    said: str
+
+
+def torchrun(*words: str | Path) -> subprocess.Popen[str]:
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, words)]
-    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def ended(process: subprocess.Popen[str]) -> str:
-    """Returns what was said by a group that ended well."""
-    said, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, said
-    return said
+def worker(agent: int, rank: str) -> int | None:
+    """The process id of a worker, by what torchrun told it."""
+    for child in Path(f"/proc/{agent}/task/{agent}/children").read_text().split():
+        if f"\0RANK={rank}\0".encode() in Path(f"/proc/{child}/environ").read_bytes():
+            return int(child)
+    return None
 
 
-def gptq_command(model: Path, out: Path) -> list[str | Path]:
-    words: list[str | Path] = ["-m", "quantize", "run", model, "--out", out]
-    for name, value in JOBS["gptq"].items():
-        words += [f"--{name.replace('_', '-')}", str(value)]
-    return words
+def killed(words: list[str], journal: Path) -> tuple[dict[str, int], int]:
+    """Kills the second worker when some of a first block is written; returns checksums of arrays, and how it ended."""
+    run = torchrun("-m", "quantize", *words)
+    end = time.monotonic() + 120
+    while not (journal.is_file() and b"layers.0.self_attn" in journal.read_bytes()):
+        assert run.poll() is None, run.communicate()[0]
+        assert time.monotonic() < end
+        time.sleep(0.002)
+    victim = worker(run.pid, "1")
+    assert victim is not None
+    os.kill(victim, signal.SIGKILL)
+    run.communicate(timeout=60)
+    entries = [json.loads(line) for line in journal.read_text().splitlines()]
+    return {entry["done"]: entry["crc32"] for entry in entries if "done" in entry}, run.returncode
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A llama whose rows are whole super-blocks."""
-    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}
-    return tiny.llama(tmp_path_factory.mktemp("model") / "Model", tokenizer=True, **sizes)
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4}
+    folder = tmp_path_factory.mktemp("model")
+    (folder / "eval.txt").write_text(("Some words, and then some more. " * 16) * WINDOWS)
+    return tiny.llama(folder / "Model", tokenizer=True, **sizes)
 
 
 @pytest.fixture(scope="module")
-def two(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The outputs of two workers, all of one start; and what a model with a broken tensor came to."""
+def two(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Started:
+    """A run whose second worker is killed; then a start that ends it, makes all else, and meets a broken tensor."""
+    if not Path("/proc/self/task").is_dir():
+        pytest.skip("finds the workers in /proc")
     folder = tmp_path_factory.mktemp("two")
     bad = shutil.copytree(model, folder / "source" / "Bad")
     tensors = load_file(bad / "model.safetensors")
@@ -234,15 +278,23 @@ def two(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     script.write_text(SCRIPT)
     out = folder / "out"
     out.mkdir()
-    ended(torchrun(script, model, bad, out, json.dumps(JOBS)))
-    return out
+    words = ["run", str(model), "--out", str(out / "gptq")]
+    for name, value in JOBS["gptq"].items():
+        words += [f"--{name.replace('_', '-')}", str(value)]
+    kept, code = killed(words, partial_path(out / "gptq") / JOURNAL)
+    assert not (out / "gptq").exists()
+    rest = {name: options for name, options in jobs(model).items() if name != "gptq"}
+    run = torchrun(script, model, bad, out, json.dumps(rest), json.dumps(words))
+    said, _ = run.communicate(timeout=240)
+    assert run.returncode == 0, said
+    return Started(out, kept, code, said)
 
 
 @pytest.fixture(scope="module")
-def one(model: Path, two: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def one(model: Path, two: Started, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The outputs of one process."""
     out = tmp_path_factory.mktemp("one")
-    for name, options in JOBS.items():
+    for name, options in jobs(model).items():
         quantize.run(model, out=out / name, **options)
     return out
 
@@ -271,61 +323,44 @@ def equal_codes(one: Path, two: Path) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("name", EXACT)
-def test_without_hessians_the_files_are_those_of_one_process(one: Path, two: Path, name: str) -> None:
-    assert files(one, name) == files(two, name)
-    assert not [path.name for path in two.iterdir() if path.name.startswith(".")]
+def test_without_hessians_the_files_are_those_of_one_process(one: Path, two: Started, name: str) -> None:
+    assert files(one, name) == files(two.out, name)
+    assert not [path.name for path in two.out.iterdir() if path.name.startswith(".")]
 
 
 @pytest.mark.parametrize(("name", "surely"), [("awq", ""), ("gptq", "layers.0.self_attn")])
-def test_with_hessians_codes_differ_by_rounding(one: Path, two: Path, name: str, surely: str) -> None:
+def test_with_hessians_codes_differ_by_rounding(one: Path, two: Started, name: str, surely: str) -> None:
     # a sum in another order flips a code here and there; with feedback, one flip moves what comes after it
-    shares = equal_codes(one / name, two / name)
+    shares = equal_codes(one / name, two.out / name)
     assert min(share for tensor, share in shares.items() if surely in tensor) > 0.99
-    reports = [json.loads((folder / name / "quantize.json").read_text()) for folder in (one, two)]
+    reports = [json.loads((folder / name / "quantize.json").read_text()) for folder in (one, two.out)]
     assert reports[0]["notes"] == reports[1]["notes"]
     for tensor, error in reports[0]["errors"].items():
         assert reports[1]["errors"][tensor] == pytest.approx(error, rel=0.02)
 
 
-def test_a_failing_worker_ends_all_with_its_error(two: Path) -> None:
-    said = [(two / f"error{rank}").read_text() for rank in range(2)]
+def test_windows_of_an_evaluation_are_shared(two: Started) -> None:
+    quality = json.loads((two.out / "rtn" / "quantize.json").read_text())["quality"]  # equal to that of one process
+    assert quality["protocol"]["chunks"] == WINDOWS
+
+
+def test_a_failing_worker_ends_all_with_its_error(two: Started) -> None:
+    said = [(two.out / f"error{rank}").read_text() for rank in range(2)]
     assert said[0] == said[1]
     assert said[0].startswith("3 ")
     assert "'model.layers.1.mlp.up_proj.weight' holds 1 NaN or Inf, first at [3, 5]" in said[0]
-    assert not (two / "bad").exists()
-    assert not partial_path(two / "bad").exists()
+    assert not (two.out / "bad").exists()
+    assert not partial_path(two.out / "bad").exists()
 
 
-def worker(agent: int, rank: str) -> int | None:
-    """The process id of a worker, by what torchrun told it."""
-    for child in Path(f"/proc/{agent}/task/{agent}/children").read_text().split():
-        if f"\0RANK={rank}\0".encode() in Path(f"/proc/{child}/environ").read_bytes():
-            return int(child)
-    return None
+def test_a_killed_worker_ends_all_and_its_work_is_taken_up(two: Started) -> None:
+    assert two.code != 0
+    assert any("layers.0.self_attn" in name for name in two.kept)
+    with safe_open(two.out / "gptq" / "model.safetensors", "pt") as file:
+        for name, crc in two.kept.items():
+            assert zlib.crc32(file.get_tensor(name).contiguous().flatten().view(torch.uint8).numpy()) == crc
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    end = time.monotonic() + 120
-    while not condition():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < end
-        time.sleep(0.002)
-
-
-@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the workers in /proc")
-def test_a_killed_worker_ends_all_and_the_work_is_kept(model: Path, two: Path, tmp_path: Path) -> None:
-    out = tmp_path / "gptq"
-    journal = partial_path(out) / JOURNAL
-    run = torchrun(*gptq_command(model, out))
-    wait_for(lambda: journal.is_file() and b"layers.0.self_attn" in journal.read_bytes(), run)
-    victim = worker(run.pid, "1")
-    assert victim is not None
-    os.kill(victim, signal.SIGKILL)
-    said, _ = run.communicate(timeout=60)
-    assert run.returncode != 0
-    assert not out.exists()
-    done = [line for line in journal.read_text().splitlines() if '"done"' in line]
-    assert done
-    said = ended(torchrun(*gptq_command(model, out)))
-    assert said.count("bits per weight  ") == 1  # one report
-    assert files(out.parent, "gptq") == files(two, "gptq")
+def test_only_the_first_worker_speaks(two: Started) -> None:
+    assert two.said.count("bits per weight  ") == 1
+    assert two.said.count("format gptq\n") == 1
