@@ -115,7 +115,7 @@ class Blockwise:
                         del values
                     todo = [path for path in todo if path != stage.path]
                 elif stage.path in blocks and self.method.sequential and statistics is None:
-                    stage.load(self.placing.read_back(list(stage.weights)))
+                    stage.settle(self.placing.read_back(list(stage.weights)))
                 if stage.path in blocks:
                     self.progress("quantizing", blocks.index(stage.path) + 1, len(blocks))
                 if not todo and statistics is None:

@@ -308,6 +308,11 @@ class Stage:
         skeleton.put(loaded)
         self._loaded |= loaded
 
+    def settle(self, changed: Mapping[str, Tensor]) -> None:
+        """Loads tensors as `load` does, and lets later blocks that have some of them too see what they became."""
+        self.load(changed)
+        self._sweep.settled |= {name: value for name, value in changed.items() if name in self._sweep.shared}
+
     def unload(self) -> None:
         """Drops all weights."""
         self._empty()
@@ -423,6 +428,10 @@ class Sweep:
         self.originals: dict[str, Callable[..., Any]] = {}
         self.watches: dict[str, _Watch[Any]] = {}
         self.paged: dict[int, tuple[str, Tensor]] = {}
+        # tensors of blocks that other blocks use too, and those of them that were rounded already
+        sources = (skeleton.source_of[name] for name in skeleton.tied.values() if name in skeleton.source_of)
+        self.shared = {name for source in sources for name in source.names if skeleton.block_of(source.target)}
+        self.settled: dict[str, Tensor] = {}
         self._checkpoint = checkpoint
         self._threads = max(1, threads)
         self._keep = keep
@@ -465,6 +474,8 @@ class Sweep:
 
     def read(self, name: str) -> Tensor:
         """Returns a stored tensor, float32 where it is floating."""
+        if name in self.settled:
+            return self.settled[name]
         value = self._checkpoint.read(name)
         return value.float() if value.is_floating_point() else value
 

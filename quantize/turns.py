@@ -89,7 +89,7 @@ def in_turns(
     # what stays plain passes on as it reads back too: a run that goes on after a kill has nothing else
     kept = {n: stored(n, value) for n, value in weights.items() if n not in block.schemes and n not in plain}
     loaded |= {name: value for name, value in kept.items() if not torch.equal(value, weights[name])}
-    stage.load(loaded)
+    stage.settle(loaded)
     targets = {name: weights[name] for name in prepared.changed if name in block.schemes}
     return Result(coded, plain, targets, tuple(notes))
 

@@ -200,7 +200,9 @@ def assert_sequential(trip: Trip, plain: Plain) -> int:
     return compared
 
 
-@pytest.mark.parametrize("name", ["llama", "phi3", "gpt-neox", "gemma3n", "t5", "qwen3.5", "mixtral", "deepseek-v3"])
+@pytest.mark.parametrize(
+    "name", ["llama", "phi3", "gpt-neox", "gemma3n", "t5", "qwen3.5", "mixtral", "deepseek-v3", "zamba2"]
+)
 def test_every_turn_sees_what_is_rounded_by_then(name: str, folder: Callable[[str], Path]) -> None:
     """Statistics of each turn, and the logits, are those of transformers with the rounded weights put in place."""
     trip = travelled(folder(name))
