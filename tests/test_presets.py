@@ -81,7 +81,7 @@ def test_what_formats_can_write() -> None:
 
 
 def test_gptq_is_symmetric_where_its_engines_want_that(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quantize.presets.method_table", lambda: {name: None for name in ("gptq", "awq+gptq")})
+    monkeypatch.setattr("quantize.presets.method_table", lambda: dict.fromkeys(("gptq", "awq+gptq")))
     assert choose("gptq", None, None, None, None, None) == Choice("gptq", AffineInt(4, 128, True), "gptq", "-GPTQ-Int4")
     assert choose("gptq", 3, 64, None, None, None) == Choice("gptq", AffineInt(3, 64, True), "gptq", "-GPTQ-Int3")
     assert choose("gptq", 4, None, False, None, None).scheme == AffineInt(4, 128)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantize.kernels.cpu.descent import search
 from quantize.kernels.levels import Levels
 from quantize.schemes import Levelled
 
@@ -106,6 +107,8 @@ class _State:
         """Moves a sub-block to the best of some grids `[n, rows]`, and returns which; 0 is the one it has."""
         part = slice(start, start + self.sub)
         inner, old = self.hessian[part, part], self.values[part]
+        if _compiled(self.uniform, scale):
+            return self._choose_fast(part, scale, offset)
         tries, rows = scale.shape
         shape = (self.sub, tries, rows)
         gradient = self.gradient[part, None].expand(shape).contiguous().view(self.sub, -1)
@@ -132,6 +135,23 @@ class _State:
         self.gradient.addmm_(self.hessian[:, part], change)
         return best
 
+    def _choose_fast(self, part: slice, scale: Tensor, offset: Tensor) -> Tensor:
+        """Does the same with a compiled loop, which exists for processors and evenly spaced points."""
+        best, moves = search(
+            self.hessian[part, part].contiguous().numpy(),
+            self.values[part].numpy(),
+            self.gradient[part].numpy(),
+            scale.contiguous().numpy(),
+            offset.contiguous().numpy(),
+            float(self.points[0]),
+            len(self.points) - 1,
+            self.codes[part].numpy(),
+        )
+        change = torch.from_numpy(moves)
+        self.values[part] += change
+        self.gradient.addmm_(self.hessian[:, part], change)
+        return torch.from_numpy(best)
+
     def _nearest(self, wanted: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the code of the point nearest to each value, and the point; `wanted` may be used up."""
         if self.uniform:
@@ -143,3 +163,8 @@ class _State:
     def _grid(self, column: int) -> tuple[Tensor, Tensor]:
         levels, sub = self.levels[column // self.block], column % self.block // self.sub
         return levels.scale[:, sub], levels.offset[:, sub]
+
+
+def _compiled(uniform: bool, values: Tensor) -> bool:
+    """Returns whether there is a compiled loop for the points and the device."""
+    return uniform and values.device.type == "cpu"

@@ -9,7 +9,7 @@ A Hessian of few tokens says more of those tokens than of the model. It is drawn
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,7 +28,7 @@ from quantize.structure import Input
 
 # Rows of a chunk of work. Each column costs a few calls whatever the number of rows, so chunks are larger than
 # those of methods that touch each weight once.
-_ROWS = 1024
+_ROWS = 512
 _ORDERS = ("blocks", "columns", "none")
 
 
@@ -99,8 +99,7 @@ class GPTQ:
                 notes.append(f"{item.name}: its Hessian cannot be factorized, rounded without feedback")
             elif damping > self.damping:
                 notes.append(f"{item.name}: its Hessian took damping {damping:g}")
-            for name in names:
-                coded[name] = self._rounded(block.weights[name], curvature, block.schemes[name], pool)
+            coded |= self._rounded(block, names, curvature, pool)
         lost = [name for name in block.schemes if name not in coded]
         for name in lost:
             coded[name] = encode(block.schemes[name], block.weights[name], pool)
@@ -146,18 +145,31 @@ class GPTQ:
         hessian.diagonal().add_((factor.damping or 1.0) * float(diagonal.double().mean()))
         return _Curvature(hessian, factor)
 
-    def _rounded(self, weight: Tensor, curvature: _Curvature, scheme: Scheme, pool: Pool) -> QuantizedTensor:
-        """Returns a matrix with error feedback, runs of its rows on the pool; rows share nothing but the Hessian."""
-        assert isinstance(scheme, Levelled)
+    def _rounded(
+        self, block: Block, names: Sequence[str], curvature: _Curvature, pool: Pool
+    ) -> dict[str, QuantizedTensor]:
+        """Returns the matrices of one input with error feedback; rows share nothing but the Hessian."""
 
-        def chunk(span: tuple[int, int]) -> QuantizedTensor:
-            rows = weight[span[0] : span[1]]
+        def chunk(part: tuple[str, tuple[int, int]]) -> QuantizedTensor:
+            name, (start, stop) = part
+            rows, scheme = block.weights[name][start:stop], block.schemes[name]
+            assert isinstance(scheme, Levelled)
             rounded = feed_back(rows, curvature.factor, scheme, fit_first=self.act_order == "columns")
             if self.descent and curvature.factor.damping is not None:
                 rounded = descend(rows, curvature.hessian, scheme, rounded, self.descent)
             return scheme.assemble(rounded.codes, rounded.levels)
 
-        return joined(list(pool.map(chunk, pool.spans(len(weight), _ROWS))), len(weight))
+        parts = [(name, span) for name in names for span in _chunks(len(block.weights[name]), pool)]
+        made: dict[str, list[QuantizedTensor]] = {}
+        for (name, _), part in zip(parts, pool.map(chunk, parts), strict=True):
+            made.setdefault(name, []).append(part)
+        return {name: joined(found, len(block.weights[name])) for name, found in made.items()}
+
+
+def _chunks(rows: int, pool: Pool) -> list[tuple[int, int]]:
+    """Returns runs of rows of one size, about `_ROWS` each."""
+    count = max(1, -(-rows // _ROWS))
+    return pool.spans(rows, -(-rows // count))
 
 
 def _some(names: list[str]) -> str:
