@@ -220,6 +220,10 @@ class Format(Protocol):
     def single_file(self) -> bool:
         """Whether the output is one file, or its parts side by side, and no folder with config and tokenizer."""
 
+    @property
+    def config_copies(self) -> tuple[str, ...]:
+        """Files beside config.json that repeat its `quantization_config` for older loaders."""
+
     def sniff(self, path: Path) -> bool:
         """Returns whether `path` holds this format, from names and headers alone."""
 

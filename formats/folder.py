@@ -242,6 +242,7 @@ class FolderFormat:
     """What all formats share that are folders of safetensors shards with the model's own names."""
 
     single_file = False
+    config_copies: tuple[str, ...] = ()
 
     def view(self, checkpoint: Checkpoint, arch: str | None = None, assume_tied: bool = False) -> Checkpoint:
         """Returns the model itself: names and shapes stay."""

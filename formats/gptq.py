@@ -212,6 +212,7 @@ class GPTQFormat(FolderFormat):
     """
 
     one_group = True
+    config_copies = ("quantize_config.json",)
 
     def __init__(self, name: str, summary: str, version: str | None = None) -> None:
         self.name = name

@@ -329,13 +329,19 @@ class Job:
             REPORT: report.to_json(),
             **self._index(output),
         }
+        if block := self._quantization():
+            written |= dict.fromkeys(self.target.config_copies, json.dumps(block, indent=2) + "\n")
         output.write_side_files(self.checkpoint.side_files, written)
+
+    def _quantization(self) -> dict[str, Any]:
+        """Returns the block of config.json that says what is quantized, and how."""
+        linears = {e.name: e.scheme for e in self.plan.entries if e.quantized or _maybe_linear(e)}
+        return self.target.quantization_config(linears) if self.plan.quantized else {}
 
     def _config(self) -> str:
         """Returns the text of the output's config.json."""
         config = deepcopy(self.checkpoint.config)
-        linears = {e.name: e.scheme for e in self.plan.entries if e.quantized or _maybe_linear(e)}
-        block = self.target.quantization_config(linears) if self.plan.quantized else {}
+        block = self._quantization()
         nested = config.get("text_config")
         for holder in (config, nested) if isinstance(nested, dict) else (config,):
             holder["tie_word_embeddings"] = self.skeleton.head_tied
@@ -368,8 +374,9 @@ class Job:
         if self.target.single_file:
             return self._loose_names(self.plan)
         index = [INDEX] if len(self.plan.files) > 1 else []
+        copies = self.target.config_copies if self.plan.quantized else ()
         return tuple(
-            sorted({*self.plan.files, *index, *self.checkpoint.side_files, "config.json", "README.md", REPORT})
+            sorted({*self.plan.files, *index, *copies, *self.checkpoint.side_files, "config.json", "README.md", REPORT})
         )
 
     def _loose_names(self, plan: Plan) -> tuple[str, ...]:

@@ -36,6 +36,7 @@ class GGUFFormat:
     summary = "GGUF: llama.cpp, Ollama, LM Studio"
     one_group = False
     single_file = True
+    config_copies: tuple[str, ...] = ()
 
     def sniff(self, path: Path) -> bool:
         """Returns whether `path` is a file that is GGUF or called so, or a folder with such files only.

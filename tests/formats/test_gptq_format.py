@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import quantize
 from quantize import formats
 from quantize.errors import InputError
 from quantize.formats import bitstream, gptq_config
@@ -548,3 +549,13 @@ def test_linears_that_an_engine_fuses() -> None:
         tuple(f"model.layers.0.mlp.{leaf}_proj.weight" for leaf in ("gate", "up")),
     ]
     assert gptq_config.needs_true_zeros([AffineInt(4, 64)])
+
+
+def test_older_loaders_find_the_block_in_a_file_of_its_own(tmp_path: Path) -> None:
+    model = tiny.llama(tmp_path / "Model", tokenizer=True)
+    report = quantize.run(model, method="rtn", bits=8, group_size=32, out=tmp_path / "Out")
+    inside = json.loads((tmp_path / "Out/config.json").read_text())["quantization_config"]
+    assert json.loads((tmp_path / "Out/quantize_config.json").read_text()) == inside
+    assert "quantize_config.json" in report.files
+    quantize.convert(tmp_path / "Out", out=tmp_path / "Back")
+    assert not (tmp_path / "Back/quantize_config.json").exists()
