@@ -104,9 +104,9 @@ class GPTQ:
         for name in lost:
             coded[name] = encode(block.schemes[name], block.weights[name], pool)
         if few:
-            notes.append(f"{block.name}: {len(few)} matrices saw fewer tokens than columns: {_some(few)} to nearest")
+            notes.append(f"{block.name}: saw fewer tokens than columns, rounded to nearest: {_some(few)}")
         if unseen := [name for name in lost if name not in few]:
-            notes.append(f"{block.name}: {len(unseen)} matrices saw no calibration token: {_some(unseen)} to nearest")
+            notes.append(f"{block.name}: saw no calibration token, rounded to nearest: {_some(unseen)}")
         return Result(coded, notes=tuple(dict.fromkeys(notes)))
 
     def _curvatures(self, block: Block, pool: Pool) -> Iterator[tuple[Input, list[str], _Curvature | None]]:

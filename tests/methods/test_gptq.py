@@ -172,15 +172,15 @@ def test_experts_with_few_tokens_or_none() -> None:
     block = block_of(4, counts=counts, unseen=("1.gate", "1.down"))
     result, whole = quantized(block), quantized(block_of(4))
     assert result.notes == (
-        "block: 3 matrices saw fewer tokens than columns: 0.gate and 2 more to nearest",
-        "block: 3 matrices saw no calibration token: 1.gate and 2 more to nearest",
+        "block: saw fewer tokens than columns, rounded to nearest: 0.gate and 2 more",
+        "block: saw no calibration token, rounded to nearest: 1.gate and 2 more",
     )
     nearest = quantized(block, RTN())
     for name, coded in result.coded.items():
         expected = (whole if name in ("gate", "up", "down") else nearest).coded[name]
         assert torch.equal(coded.dequantize(), expected.dequantize()), name
     one = quantized(block_of(4, unseen=("1.down",)))
-    assert one.notes == ("block: 1 matrices saw no calibration token: 1.down to nearest",)
+    assert one.notes == ("block: saw no calibration token, rounded to nearest: 1.down",)
 
 
 def test_as_many_tokens_as_columns_are_enough() -> None:
