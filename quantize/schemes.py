@@ -399,6 +399,12 @@ def _affine(match: re.Match[str]) -> Scheme:
     return AffineInt(int(match["bits"]), group, match["sym"] is not None)
 
 
+def _exl2(match: re.Match[str]) -> Scheme:
+    from quantize.exl2_scheme import parse
+
+    return parse(match[0])
+
+
 @dataclass(frozen=True, slots=True)
 class Family:
     """A family of grids as recipes spell it.
@@ -435,6 +441,12 @@ FAMILIES = (
         lambda match: GGMLBlock(match[0]),
         ("q4_k", "q8_0", "iq2_xs"),
         "llama.cpp's blocks",
+    ),
+    Family(
+        r"exl2(-\db(\.\d{1,4})?(g\d+)?)+(-g\d+)?",
+        _exl2,
+        ("exl2-4b-g128", "exl2-5b.10-4b.90-g32", "exl2-8b.05g32-4b.95g128"),
+        "EXL2's widths of 2 to 8 bits, each with the share of input channels that it gets, neediest first",
     ),
 )
 
