@@ -405,6 +405,18 @@ def _exl2(match: re.Match[str]) -> Scheme:
     return parse(match[0])
 
 
+def _compressed(match: re.Match[str]) -> Scheme:
+    from quantize.float_schemes import parse  # it needs this module
+
+    return parse(match)
+
+
+def _mlx(match: re.Match[str]) -> Scheme:
+    from quantize.mlx_schemes import build
+
+    return build(match)
+
+
 @dataclass(frozen=True, slots=True)
 class Family:
     """A family of grids as recipes spell it.
@@ -447,6 +459,19 @@ FAMILIES = (
         _exl2,
         ("exl2-4b-g128", "exl2-5b.10-4b.90-g32", "exl2-8b.05g32-4b.95g128"),
         "EXL2's widths of 2 to 8 bits, each with the share of input channels that it gets, neediest first",
+    ),
+    Family(
+        r"fp8-(?P<granularity>tensor|channel|block)(?P<size>(?<=block)\d+)?(?P<wide>-f32)?(?P<a16>-a16)?"
+        r"|int8-channel|int(?P<width>\d+)-(?P<packed>g\d+|row)(?P<middle>-sym)?-bf16|(?:mx|nv)fp4-a16",
+        _compressed,
+        ("fp8-channel", "fp8-block", "int8-channel", "int4-g128-sym-bf16", "nvfp4-a16"),
+        "compressed-tensors' grids; fp8 and int8-channel round inputs to 8 bits as well, unless -a16",
+    ),
+    Family(
+        r"mlx(?P<bits>\d)-g(?P<group>\d+)(-(?P<dtype>bf16|f16|f32))?|mlx-(?P<mode>mxfp4|mxfp8|nvfp4)(-(?P<type>f16|f32))?",
+        _mlx,
+        ("mlx4-g64", "mlx3-g32", "mlx-mxfp4"),
+        "MLX's grids: 2, 3, 4, 5, 6, 8 bits with a scale and a bias per group of 32, 64 or 128; small floats",
     ),
 )
 

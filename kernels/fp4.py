@@ -1,0 +1,108 @@
+"""4-bit floats (E2M1) in pairs, with the block scales of NVFP4 and MXFP4; torch, arguments are never changed.
+
+code    0    1    2    3    4    5    6    7        bit 3 is the sign
+value   0   0.5   1   1.5   2    3    4    6        a byte holds the even column low, the odd one high
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quantize.kernels import fp8
+
+VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+LARGEST = 6.0
+# Weights that share a scale.
+NV_BLOCK, MX_BLOCK = 16, 32
+# What a global scale maps the greatest weight to: the greatest block scale times the greatest code.
+_REACH = fp8.LARGEST * LARGEST
+# What an NVFP4 block scale of zero becomes in the peers' files; all codes are zero then.
+_NO_SCALE = 0.125
+_SIGN = 8
+# Bits of a float32 below those that rounding to a power of two looks at: from 1.75 on it goes up.
+_HALF_STEP, _MANTISSA = 1 << 21, 23
+_TWO = 2  # exponent of the greatest power of two among the codes
+
+
+def _bounds() -> Tensor:
+    """Returns the least magnitude of each code from 1 on; halfway values go to the even code."""
+    found = []
+    for code in range(1, len(VALUES)):
+        middle = torch.tensor((VALUES[code - 1] + VALUES[code]) / 2)
+        found.append(torch.nextafter(middle, torch.tensor(torch.inf)) if code % 2 else middle)
+    return torch.stack(found)
+
+
+_BOUNDS = _bounds()
+_TABLE = torch.tensor([*VALUES, *(-value for value in VALUES)])
+# By byte; 255 is NaN.
+_POWERS = torch.tensor([*(2.0 ** (byte - 127) for byte in range(255)), torch.nan])
+
+
+def codes(values: Tensor) -> Tensor:
+    """Returns the codes nearest to float32 values, uint8 of their shape; beyond the greatest they saturate."""
+    sizes = torch.bucketize(values.abs(), _BOUNDS.to(values.device), right=True)
+    return (sizes + _SIGN * (values < 0)).to(torch.uint8)
+
+
+def pack(codes: Tensor) -> Tensor:
+    """Returns codes `[rows, cols]`, `cols` even, two to a byte: uint8 `[rows, cols / 2]`; undone by `unpack`."""
+    return codes[:, 0::2] | codes[:, 1::2] << 4
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """Returns the codes of uint8 `[rows, bytes]` as uint8 `[rows, 2 * bytes]`."""
+    return torch.stack((packed & 0xF, packed >> 4), -1).flatten(-2)
+
+
+def decode(codes: Tensor, scale: Tensor) -> Tensor:
+    """Returns float32 `[rows, cols]`: the codes' values times the scale of their block, float32 `[rows, blocks]`."""
+    values = _TABLE.to(codes.device)[codes.int()]
+    return (values.reshape(*scale.shape, -1) * scale.unsqueeze(-1)).reshape(codes.shape)
+
+
+def global_scale(peak: Tensor) -> Tensor:
+    """Returns what NVFP4's block scales are multiplied with before they are stored: float32 of the shape of `peak`.
+
+    Args:
+        peak: Greatest magnitude of all tensors that share it, float32. Zero gives 1.
+    """
+    found = fp8.rounded(_REACH / peak.clamp_min(torch.finfo(torch.float32).tiny))
+    return torch.where(found.isfinite(), found, torch.ones_like(found))
+
+
+def nv_encode(weight: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns NVFP4 codes and block scales of a weight.
+
+    Args:
+        weight: float32 `[rows, cols]`, `cols` a multiple of 16.
+        shared: The global scale, float32 `[]`.
+
+    Returns:
+        Codes uint8 `[rows, cols]` and scales float8_e4m3fn `[rows, cols / 16]`.
+    """
+    blocks = weight.reshape(len(weight), -1, NV_BLOCK)
+    local = fp8.rounded(blocks.abs().amax(-1) / LARGEST) * shared
+    stored = local.clamp_max(fp8.LARGEST).to(torch.float8_e4m3fn)
+    stored = torch.where(stored.float() == 0, torch.full_like(local, _NO_SCALE), stored.float())
+    found = codes(blocks / (stored / shared).unsqueeze(-1))
+    return found.reshape(weight.shape), stored.to(torch.float8_e4m3fn)
+
+
+def mx_encode(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns MXFP4 codes and exponents of a weight float32 `[rows, cols]`, `cols` a multiple of 32.
+
+    Returns:
+        Codes uint8 `[rows, cols]` and E8M0 bytes uint8 `[rows, cols / 32]`: the greatest power of two not above the
+        block's peak, which counts as the next one from 1.75 times a power on, over that among the codes.
+    """
+    blocks = weight.reshape(len(weight), -1, MX_BLOCK)
+    exponents = (blocks.abs().amax(-1).view(torch.int32) + _HALF_STEP) >> _MANTISSA
+    stored = (exponents - _TWO).clamp_(0, 254).to(torch.uint8)
+    return codes(blocks / powers(stored).unsqueeze(-1)).reshape(weight.shape), stored
+
+
+def powers(exponents: Tensor) -> Tensor:
+    """Returns 2 ** (byte - 127) as float32 for E8M0 bytes; NaN for 255."""
+    return _POWERS.to(exponents.device)[exponents.int()]
