@@ -21,7 +21,7 @@ _WHOLE = 10_000
 # Codes of 32 channels fill whole words at every width, and engines read channels in runs of 32.
 _RUN = 32
 # Engines hold the order of channels in 16 bits.
-_WIDEST = 65_536
+WIDEST = 65_536
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ class EXL2:
         """Returns the scheme that cuts a matrix into just these groups; all but the last of a run are of one size.
 
         Args:
-            groups: Bits and channels of each, a multiple of 32, in falling width.
+            groups: Bits and channels of each, a multiple of 32, in falling width; not more than `WIDEST` channels.
         """
         cols = sum(columns for _, columns in groups)
         runs = [(bits, size, len(list(same))) for (bits, size), same in groupby(groups)]
@@ -95,6 +95,11 @@ class EXL2:
             parts.append(Part(bits, share, size))
             left -= share
         return cls((*parts, Part(runs[-1][0], left, runs[-1][1])))
+
+    @property
+    def code_bits(self) -> float:
+        """Bits of a code on average, scales and all else left out."""
+        return sum(part.bits * part.share for part in self.parts) / _WHOLE
 
     @property
     def block(self) -> int:
@@ -129,7 +134,7 @@ class EXL2:
             return f"{len(shape)}-dimensional, not a matrix"
         if not shape[0] or not shape[1] or shape[1] % _RUN:
             return f"its width {shape[1]} is no multiple of {_RUN}" if shape[1] % _RUN else "it is empty"
-        return f"its width {shape[1]} is beyond {_WIDEST}" if shape[1] > _WIDEST else None
+        return f"its width {shape[1]} is beyond {WIDEST}" if shape[1] > WIDEST else None
 
     def encode(self, weight: Tensor, importance: Tensor | None = None) -> QuantizedTensor:
         """Returns a whole matrix `[rows, cols]` rounded to nearest, its most important columns on the widest grids.
