@@ -417,12 +417,6 @@ def _mlx(match: re.Match[str]) -> Scheme:
     return build(match)
 
 
-def _mlx(match: re.Match[str]) -> Scheme:
-    from quantize.mlx_schemes import build
-
-    return build(match)
-
-
 @dataclass(frozen=True, slots=True)
 class Family:
     """A family of grids as recipes spell it.
@@ -472,12 +466,6 @@ FAMILIES = (
         _compressed,
         ("fp8-channel", "fp8-block", "int8-channel", "int4-g128-sym-bf16", "nvfp4-a16"),
         "compressed-tensors' grids; fp8 and int8-channel round inputs to 8 bits as well, unless -a16",
-    ),
-    Family(
-        r"mlx(?P<bits>\d)-g(?P<group>\d+)(-(?P<dtype>bf16|f16|f32))?|mlx-(?P<mode>mxfp4|mxfp8|nvfp4)(-(?P<type>f16|f32))?",
-        _mlx,
-        ("mlx4-g64", "mlx3-g32", "mlx-mxfp4"),
-        "MLX's grids: 2, 3, 4, 5, 6, 8 bits with a scale and a bias per group of 32, 64 or 128; small floats",
     ),
     Family(
         r"mlx(?P<bits>\d)-g(?P<group>\d+)(-(?P<dtype>bf16|f16|f32))?|mlx-(?P<mode>mxfp4|mxfp8|nvfp4)(-(?P<type>f16|f32))?",
