@@ -1,7 +1,7 @@
 """4-bit floats (E2M1) in pairs, with the block scales of NVFP4 and MXFP4; torch, arguments are never changed.
 
-code    0    1    2    3    4    5    6    7        bit 3 is the sign
-value   0   0.5   1   1.5   2    3    4    6        a byte holds the even column low, the odd one high
+code    0    1    2    3    4    5    6    7
+value   0   0.5   1   1.5   2    3    4    6
 """
 
 from __future__ import annotations

@@ -52,6 +52,7 @@ class FP8:
     peak: float | None = field(default=None, compare=False)
 
     unit = 1
+    joint = False
 
     def __post_init__(self) -> None:
         if self.granularity not in (TENSOR, CHANNEL, BLOCK) or self.size < 1:
@@ -195,6 +196,7 @@ class NVFP4:
     unit = 1
     block = fp4.NV_BLOCK
     shared = True
+    joint = True  # vLLM keeps one global scale of those that it fuses
 
     def __str__(self) -> str:
         return "nvfp4-a16"
