@@ -194,11 +194,13 @@ class Layout:
         header: The bytes from offset 0 on.
         where: Offset and number of bytes of each array, by name. What lies between them is zero.
         size: Bytes of the whole file.
+        arrays: Names of the arrays that the file has, where some of them are put in several parts.
     """
 
     header: bytes
     where: Mapping[str, tuple[int, int]]
     size: int
+    arrays: tuple[str, ...] = ()
 
 
 class Format(Protocol):
@@ -215,6 +217,14 @@ class Format(Protocol):
     @property
     def one_group(self) -> bool:
         """Whether the whole file has one group size."""
+
+    @property
+    def ends(self) -> bool:
+        """Whether embedding and head are quantized like the linears of the blocks."""
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether all arrays of a tensor have its rows one after the other, so that runs of rows can be put."""
 
     @property
     def single_file(self) -> bool:
@@ -249,6 +259,9 @@ class Format(Protocol):
     def reject(self, scheme: Scheme) -> str | None:
         """Returns why no tensor on `scheme` can be written in this format, or None when it can."""
 
+    def adapted(self, scheme: Scheme, dtype: torch.dtype) -> Scheme:
+        """Returns a grid as this format has it in a model whose plain tensors are of `dtype`."""
+
     def refuse_tensor(self, name: str, shape: Shape) -> str | None:
         """Returns why this tensor cannot be quantized in this format whatever the scheme, or None when it can."""
 
@@ -276,6 +289,14 @@ class Format(Protocol):
 
     def quantization_config(self, schemes: Mapping[str, Scheme]) -> dict[str, Any]:
         """Returns the `quantization_config` block for the linears in `schemes` (tensor name to scheme)."""
+
+    def configured(self, config: dict[str, Any], block: dict[str, Any]) -> dict[str, Any]:
+        """Returns the text of config.json as values: the model's config with what engines want to read in it.
+
+        Args:
+            config: The model's own; not changed.
+            block: What `quantization_config` gave; empty if nothing is quantized.
+        """
 
     def settled(self, schemes: Mapping[str, Scheme]) -> Self:
         """Returns the format as it writes a file of just these tensors (all of them, name to scheme)."""

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 from quantize.errors import InputError
@@ -242,6 +243,8 @@ class FolderFormat:
     """What all formats share that are folders of safetensors shards with the model's own names."""
 
     single_file = False
+    ends = False
+    by_rows = False
     config_copies: tuple[str, ...] = ()
 
     def view(self, checkpoint: Checkpoint, arch: str | None = None, assume_tied: bool = False) -> Checkpoint:
@@ -253,6 +256,14 @@ class FolderFormat:
         if count == 1:
             return ["model.safetensors"]
         return [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+
+    def adapted(self, scheme: Scheme, dtype: torch.dtype) -> Scheme:
+        """Returns the grid itself."""
+        return scheme
+
+    def configured(self, config: dict[str, Any], block: dict[str, Any]) -> dict[str, Any]:
+        """Returns the config with the block where transformers looks for it."""
+        return {**config, "quantization_config": block} if block else config
 
     def stand_in(self, scheme: Scheme, shape: Shape) -> Scheme | None:
         """Returns None: what does not fit is kept."""

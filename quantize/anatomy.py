@@ -11,6 +11,9 @@ from quantize.errors import InputError
 from quantize.formats.base import Checkpoint
 from quantize.skeleton import Skeleton
 
+# What the skeleton calls them.
+_ENDS = ("copied: embedding", "copied: head")
+
 
 class Anatomy(Protocol):
     """A model's parts by the names that the plan uses."""
@@ -18,6 +21,10 @@ class Anatomy(Protocol):
     @property
     def linears(self) -> tuple[str, ...]:
         """The quantizable linears of the blocks."""
+
+    @property
+    def ends(self) -> tuple[str, ...]:
+        """Embedding and head, as far as they are tensors of their own."""
 
     def aliases(self, name: str) -> tuple[str, ...]:
         """Returns all names that rules may call a tensor by."""
@@ -44,6 +51,13 @@ class ModuleAnatomy:
     def linears(self) -> tuple[str, ...]:
         """The linears of the blocks."""
         return tuple(self.skeleton.linears)
+
+    @property
+    def ends(self) -> tuple[str, ...]:
+        """Tensors of embedding modules and of the head."""
+        skeleton = self.skeleton
+        others = (n for n in self.checkpoint.tensors if n not in skeleton.linears and n not in skeleton.unused)
+        return tuple(name for name in others if skeleton.role(name) in _ENDS)
 
     def aliases(self, name: str) -> tuple[str, ...]:
         """Returns the stored name and the module's."""
@@ -82,6 +96,11 @@ class NamedAnatomy:
     def linears(self) -> tuple[str, ...]:
         """All tensors: such a format says itself which of them can be quantized."""
         return tuple(self.names)
+
+    @property
+    def ends(self) -> tuple[str, ...]:
+        """Nothing: they are among the linears."""
+        return ()
 
     def aliases(self, name: str) -> tuple[str, ...]:
         """Returns the format's name and the stored ones."""

@@ -212,3 +212,8 @@ class MLXFloat:
         values = mlx.scale_values(scales, self.mode)
         points = torch.tensor(mlx.MODES[self.mode].points, device=scales.device)
         return Levels(values, torch.zeros_like(values), points, {"scales": scales})
+
+
+def members() -> list[Scheme]:
+    """Returns the usual member of each width, and the modes of small floats."""
+    return [*(MLXAffine(bits) for bits in BITS), *(MLXFloat(mode) for mode in mlx.MODES)]

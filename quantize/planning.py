@@ -309,7 +309,8 @@ def _with_group(checkpoint: Checkpoint, anatomy: Anatomy, request: Request) -> t
 def _entries(checkpoint: Checkpoint, anatomy: Anatomy, request: Request) -> tuple[Entry, ...]:
     entries: list[Entry] = []
     used: set[int] = set()
-    linears = frozenset(anatomy.linears)
+    ends = frozenset(anatomy.ends if request.format.ends else ())
+    linears = frozenset(anatomy.linears) | ends
     for info in checkpoint.tensors.values():
         names = anatomy.aliases(info.name)
         index = first_match(request.rules, names)
@@ -319,7 +320,8 @@ def _entries(checkpoint: Checkpoint, anatomy: Anatomy, request: Request) -> tupl
         elif request.decisions is not None:
             entries.append(_decided(info, request.decisions[info.name], request))
         elif info.name in linears and request.scheme is not None:
-            entries.append(_fit(info, request.scheme, "linear of a block", request))
+            rule = "embedding or head" if info.name in ends else "linear of a block"
+            entries.append(_fit(info, request.scheme, rule, request))
         else:
             entries.append(_kept(info, anatomy.why_kept(info.name), request))
     unmatched = [rule for i, rule in enumerate(request.rules) if i not in used]
@@ -362,6 +364,8 @@ def _by_rule(info: TensorInfo, rule: Rule, anatomy: Anatomy, linear: bool, reque
 
 def _fit(info: TensorInfo, scheme: Scheme, rule: str, request: Request) -> Entry:
     """Returns the entry of a tensor that shall lie on `scheme`, or on what stands in where it cannot."""
+    stored = info.scheme.dtype if isinstance(info.scheme, Plain) else torch.bfloat16
+    scheme = request.format.adapted(scheme, request.dtype or stored)
     refused = request.format.refuse_tensor(info.name, info.shape)
     reason = scheme.reject(info.shape) or refused
     if reason is None:
@@ -455,7 +459,7 @@ def _peak(plan: Plan, checkpoint: Checkpoint, anatomy: Anatomy, request: Request
     calibrates = request.gathers or (request.method is not None and request.method.calibrates)
     if calibrates:
         return sweep_peak(checkpoint, anatomy, [entry.name for entry in plan.quantized], request)
-    if request.format.single_file:
+    if request.format.by_rows:
         return _BASE_BYTES + (request.threads + 2) * _RUN_BYTES
     largest = max((entry.count for entry in plan.quantized), default=0)
     return _BASE_BYTES + 10 * largest + _SLACK_BYTES

@@ -92,20 +92,21 @@ class Work:
         for index, entry in enumerate(todo, 1):
             if not entry.quantized:
                 for run in _dealt(entry, _COPY // 4, dealer):
-                    self._put_run(entry, run, self._plain(entry, run, zeroed))
+                    self._put_plain(entry, run, zeroed)
             elif self.plan.format.single_file:
                 for run in _dealt(entry, _COPY, dealer):
-                    self._put_run(entry, run, self._packed(entry, *run)[entry.name])
+                    self._put_run(entry, run, self._packed(entry, *run))
             elif dealer.mine(entry.count):
                 self.output.put(self._packed(entry, 0, None))
             if index % 32 == 0 or index == len(todo) or entry.count > _COPY:
                 self._commit_copies(zeroed)
             self.progress("copying", index, len(todo))
 
-    def _put_run(self, entry: Entry, run: tuple[int, int], *parts: Tensor) -> None:
-        """Writes rows of a tensor that is one array whose rows lie one after the other."""
-        (piece,) = self.plan.format.pieces(entry.name, entry.shape, entry.scheme)
-        self.output.put_parts(entry.name, parts, piece.nbytes * run[0] // max(1, _length(entry)))
+    def _put_run(self, entry: Entry, run: tuple[int, int], *parts: Mapping[str, Tensor]) -> None:
+        """Writes rows of a tensor in whose arrays rows lie one after the other."""
+        for piece in self.plan.format.pieces(entry.name, entry.shape, entry.scheme):
+            start = piece.nbytes * run[0] // max(1, _length(entry))
+            self.output.put_parts(piece.name, [part[piece.name] for part in parts], start)
 
     def _commit_copies(self, zeroed: dict[str, int]) -> None:
         """Makes what was copied durable, with what all ranks have to say of it."""
@@ -118,6 +119,10 @@ class Work:
                 self.output.record(name, {"notes": [note], "errors": {}})
         zeroed.clear()
         self.output.commit()
+
+    def _put_plain(self, entry: Entry, run: tuple[int, int], zeroed: dict[str, int]) -> None:
+        (piece,) = self.plan.format.pieces(entry.name, entry.shape, entry.scheme)
+        self._put_run(entry, run, {piece.name: self._plain(entry, run, zeroed)})
 
     def _plain(self, entry: Entry, run: tuple[int, int], zeroed: dict[str, int]) -> Tensor:
         """Returns rows of a plain tensor in its output dtype, and counts what becomes 0 by the cast."""
@@ -160,7 +165,7 @@ class Work:
             pool: Where rows are coded.
             importance: Mean square of each input column by tensor, float32 `[cols]` or `[experts, cols]`.
         """
-        todo = [e for e in self.plan.quantized if not e.copied and e.name not in self.output.done]
+        todo = [e for e in self.plan.quantized if not e.copied and not self.written([e])]
         dealer = self.ranks.dealer()
         fresh = 0
         sums: dict[str, dict[int, tuple[float, float]]] = {}
@@ -190,19 +195,19 @@ class Work:
 
     def _coded_run(
         self, entry: Entry, importance: Tensor | None, rows: tuple[int, int]
-    ) -> tuple[list[Tensor], float, float]:
+    ) -> tuple[list[dict[str, Tensor]], float, float]:
         """Returns packed rows, the squared error that rounding made, and the sum of their squares."""
         value = self.checkpoint.read(entry.name, *rows)
         self.scan({entry.name: value}, rows[0])
         matrices = list(value) if value.dim() > _MATRIX else [value]
-        packed: list[Tensor] = []
+        packed: list[dict[str, Tensor]] = []
         lost = whole = 0.0
         for index, matrix in enumerate(matrices):
             weight = importance if importance is None or importance.dim() == 1 else importance[rows[0] + index]
             for start, stop in spans(len(matrix), max(1, _RUN // matrix.shape[-1])):
                 part = matrix[start:stop].float()
                 coded = entry.scheme.encode(part, weight)
-                packed.append(self.plan.format.pack(entry.name, coded)[entry.name])
+                packed.append(self.plan.format.pack(entry.name, coded))
                 error, power = float((coded.dequantize() - part).square_().sum()), float(part.square().sum())
                 if not error < power / 4:
                     self._refuse_clamped(entry, part, coded)
@@ -267,7 +272,8 @@ class Work:
             return lost / max(whole, 1e-30)
         value = result.changed.get(entry.name, block.weights[entry.name])
         cast = self.cast(entry, value)
-        self.output.put({entry.name: cast})
+        (piece,) = self.plan.format.pieces(entry.name, entry.shape, entry.scheme)
+        self.output.put({piece.name: cast})
         return zeroed_note(entry, count_zeroed(value, cast))
 
     def _record(self, name: str, notes: Sequence[str], said: Mapping[str, float | str | None]) -> None:

@@ -308,7 +308,7 @@ class OutputFolder:
         if len(self._files) == 1:
             return None
         total = sum(nbytes for layout in self._files.values() for _, nbytes in layout.where.values())
-        table = {name: file for file, layout in self._files.items() for name in layout.where}
+        table = {name: file for file, layout in self._files.items() for name in layout.arrays or layout.where}
         value = {"metadata": {"total_size": total}, "weight_map": table}
         return json.dumps(value, indent=2, sort_keys=True) + "\n"
 

@@ -36,6 +36,8 @@ class GGUFFormat:
     summary = "GGUF: llama.cpp, Ollama, LM Studio"
     one_group = False
     single_file = True
+    ends = False  # mixes say it for each tensor
+    by_rows = True
     config_copies: tuple[str, ...] = ()
 
     def sniff(self, path: Path) -> bool:
@@ -74,6 +76,14 @@ class GGUFFormat:
     def refuse_tensor(self, name: str, shape: Shape) -> str | None:
         """Returns why llama.cpp wants this tensor unquantized, or None."""
         return protection(name, shape, "")
+
+    def adapted(self, scheme: Scheme, dtype: torch.dtype) -> Scheme:
+        """Returns the grid itself."""
+        return scheme
+
+    def configured(self, config: dict[str, Any], block: dict[str, Any]) -> dict[str, Any]:
+        """Returns the config as it is: files have metadata instead."""
+        return config
 
     def stand_in(self, scheme: Scheme, shape: Shape) -> Scheme | None:
         """Returns llama.cpp's choice for a type whose block does not divide the width."""
