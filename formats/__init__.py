@@ -8,6 +8,7 @@ from pathlib import Path
 from quantize.errors import InputError, unknown_name
 from quantize.formats.awq import AWQFormat
 from quantize.formats.base import Checkpoint, Format, Piece, TensorInfo
+from quantize.formats.compressed_tensors import CompressedTensorsFormat
 from quantize.formats.exl2 import EXL2Format
 from quantize.formats.gguf import GGUFFormat
 from quantize.formats.gptq import GPTQ, GPTQ_V2
@@ -16,7 +17,18 @@ from quantize.formats.hf import HFFormat
 __all__ = ["FORMATS", "Checkpoint", "Format", "Piece", "TensorInfo", "find", "named", "table"]
 
 # Asked in this order whether a path is theirs: the plain folder comes last.
-FORMATS: dict[str, Format] = {f.name: f for f in (GGUFFormat(), AWQFormat(), GPTQ, GPTQ_V2, EXL2Format(), HFFormat())}
+FORMATS: dict[str, Format] = {
+    f.name: f
+    for f in (
+        GGUFFormat(),
+        AWQFormat(),
+        GPTQ,
+        GPTQ_V2,
+        EXL2Format(),
+        CompressedTensorsFormat(),
+        HFFormat(),
+    )
+}
 
 
 def table() -> dict[str, Format]:

@@ -32,6 +32,7 @@ from quantize.methods.base import Method
 from quantize.mixing import Mixing, is_gguf, plain_mix
 from quantize.ollama import modelfile
 from quantize.parallel import Pool, few_heaps, one_torch_thread
+from quantize.peaks import with_peaks
 from quantize.placing import OwnNames, SameNames
 from quantize.planning import SHARD_BYTES, Entry, Plan, Request, make_plan, require_space
 from quantize.presets import Choice, choose, refuse_idle
@@ -180,7 +181,8 @@ class Job:
         statistics: StatisticsFile | None,
         identity: Mapping[str, Any],
     ) -> Report:
-        work = Work(self.plan, self.view, output, self.settings.allow_nan, self.progress, self.ranks)
+        plan = with_peaks(self.plan, self.view)
+        work = Work(plan, self.view, output, self.settings.allow_nan, self.progress, self.ranks)
         work.copy(self._touched())
         with Pool(self.threads) as pool:
             if self._sweeps:

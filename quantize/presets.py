@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from quantize import float_schemes
 from quantize.errors import InputError, UsageError, unknown_name
+from quantize.float_schemes import PackedInt
 from quantize.formats import Format
 from quantize.formats import table as format_table
 from quantize.formats.gguf.mixes import Mix, find_mix
@@ -15,10 +17,14 @@ from quantize.schemes import AffineInt, GGMLBlock, Plain, Scheme, parse_scheme
 from quantize.settings import Settings
 
 # Methods and formats of the plan that do not stand yet: named so that the answer is not "unknown".
-_TO_COME = ("exl2", "fp8")
-_FORMATS_TO_COME = ("exl2", "mlx", "compressed-tensors")
+_TO_COME = ("exl2",)
+_FORMATS_TO_COME = ("exl2", "mlx")
 # The formats that are asked first, of those that hold what a method makes; then those of the table in order.
 _FIRST_CHOICE = {"gptq": "gptq"}
+
+
+# Names of grids that are said in place of a method: they are rounded to nearest. With the scheme and the suffix.
+_NAMED_GRIDS = {"fp8": ("fp8-channel", "-FP8-Dynamic")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,16 +79,24 @@ def choose(
         if reason is not None:
             raise InputError(f"--method {method} cannot choose points of {mix.name}: {reason}", "drop --method")
         return Choice(method, None, "gguf", f"-{mix.name}", mix)
+    if method in _NAMED_GRIDS:
+        if target not in (None, "compressed-tensors"):
+            raise InputError(f"format {target} cannot hold {_NAMED_GRIDS[method][0]}", "drop --format")
+        if (bits, group_size, symmetric) != (None, None, None):
+            raise UsageError(f"--method {method} has one grid", "drop --bits, --group-size and --sym; say --set")
+        return Choice("rtn", parse_scheme(_NAMED_GRIDS[method][0]), "compressed-tensors", _NAMED_GRIDS[method][1])
     if method not in methods:
         if method in _TO_COME:
             raise InputError(f"--method {method} does not stand yet", f"methods that do: {', '.join(methods)}")
-        raise unknown_name("method", str(method), [*methods, *_TO_COME])
+        raise unknown_name("method", str(method), [*methods, *_NAMED_GRIDS, *_TO_COME])
     scheme = AffineInt(4 if bits is None else bits, 128 if group_size is None else group_size)
     holders = [name for name, f in known.items() if f.reject(scheme) is None]
     if target is None and not holders:
         raise InputError(f"no format here holds {scheme} yet", "'quantize list' shows what goes together")
     first = _FIRST_CHOICE.get(method)
     target = target or (first if first in holders else holders[0])
+    if target == "compressed-tensors":
+        scheme = PackedInt(scheme.bits, scheme.group_size)
     scheme = replace(scheme, symmetric=_usually_symmetric(method, scheme, target) if symmetric is None else symmetric)
     reason = known[target].reject(scheme) if target in known else "it does not stand yet"
     if reason is not None:
@@ -95,6 +109,8 @@ def choose(
 
 def _usually_symmetric(method: str, scheme: AffineInt, target: str) -> bool:
     """Returns whether the grid is symmetric if nobody says: where most engines take no other."""
+    if target == "compressed-tensors":
+        return True
     return target in ("gptq", "gptq_v2") and (method == "gptq" or scheme.bits == 8)
 
 
@@ -138,6 +154,8 @@ _SUFFIXES: dict[tuple[str, str], Callable[[AffineInt], str]] = {
 def suffix(method: str, scheme: Scheme, target: str) -> str:
     """Returns what is appended to the model's name, such as `-AWQ` or `-RTN-Int4`."""
     assert isinstance(scheme, AffineInt)
+    if isinstance(scheme, PackedInt):
+        return f"{'' if method == 'rtn' else '-' + method.upper().replace('+', '-')}-W{scheme.bits}A16"
     build = _SUFFIXES.get((method, target))
     return build(scheme) if build else f"-{method.upper().replace('+', '-')}-Int{scheme.bits}"
 
@@ -151,7 +169,7 @@ def written(target: Format) -> list[str]:
 
 def _grids() -> list[Scheme]:
     affine: list[Scheme] = [AffineInt(bits, 128, symmetric) for bits in range(2, 9) for symmetric in (False, True)]
-    return [*affine, *(GGMLBlock(name) for name in ENCODERS)]
+    return [*affine, *float_schemes.members(), *(GGMLBlock(name) for name in ENCODERS)]
 
 
 def matrix() -> list[dict[str, object]]:
