@@ -13,6 +13,7 @@ from quantize.formats.exl2 import EXL2Format
 from quantize.formats.gguf import GGUFFormat
 from quantize.formats.gptq import GPTQ, GPTQ_V2
 from quantize.formats.hf import HFFormat
+from quantize.formats.mlx import MLXFormat
 
 __all__ = ["FORMATS", "Checkpoint", "Format", "Piece", "TensorInfo", "find", "named", "table"]
 
@@ -25,6 +26,7 @@ FORMATS: dict[str, Format] = {
         GPTQ,
         GPTQ_V2,
         EXL2Format(),
+        MLXFormat(),
         CompressedTensorsFormat(),
         HFFormat(),
     )

@@ -1,7 +1,7 @@
 """MLX folders: what mlx-lm, LM Studio and mlx-swift load on Apple's processors.
 
-A quantized linear or embedding `P` of shape `[out, in]` is `P.weight` uint32 `[out, in * bits / 32]`, `P.scales` and, of
-affine grids, `P.biases`, `[out, in / group]`. Each row of codes is one stream of bits, lowest first:
+A quantized linear or embedding `P` of shape `[out, in]` is `P.weight` uint32 `[out, in * bits / 32]`, `P.scales` and,
+of affine grids, `P.biases`, `[out, in / group]`. Each row of codes is one stream of bits, lowest first:
 
     byte 0      byte 1      byte 2         3 bits: code i takes bits 3i to 3i+2
     22111000    54443332    77766655
@@ -214,11 +214,10 @@ class MLXFormat(FolderFormat):
         rows, cols = shape
         groups = cols // scheme.group_size
         found = [Piece(mlx_names.place(name), torch.uint32, (rows, cols * scheme.bits // bitstream.WORD))]
-        if isinstance(scheme, MLXFloat):
-            return [*found, Piece(mlx_names.place(name, "scales"), torch.uint8, (rows, groups))]
-        return found + [
-            Piece(mlx_names.place(name, leaf), scheme.dtype, (rows, groups)) for leaf in ("scales", "biases")
-        ]
+        affine = isinstance(scheme, MLXAffine)
+        leaves = ("scales", "biases") if affine else ("scales",)
+        dtype = scheme.dtype if affine else torch.uint8
+        return found + [Piece(mlx_names.place(name, leaf), dtype, (rows, groups)) for leaf in leaves]
 
     def pack(self, name: str, coded: QuantizedTensor) -> dict[str, Tensor]:
         """Returns the packed arrays."""

@@ -189,6 +189,8 @@ class Job:
                 assert text is not None
                 self._wait_for_loops()
                 self._blockwise(work, text, statistics, identity["model"], self.ranks.spread(pool))
+                if self.target.ends:
+                    work.encode(pool, {})
             if self.mix is not None:
                 importance = self._importance(output, text)
                 self._wait_for_loops()
@@ -263,6 +265,9 @@ class Job:
         """Makes every tensor by a method that needs no text."""
         method = self.method
         assert method is not None
+        if self.target.by_rows and method.name == "rtn":  # a run of rows at a time: less memory
+            work.encode(pool, {})
+            return
         todo = [e for e in self.plan.quantized if not work.written([e])]
         work.make_each(todo, lambda block: method.quantize(block, pool))
 
@@ -347,13 +352,11 @@ class Job:
         nested = config.get("text_config")
         for holder in (config, nested) if isinstance(nested, dict) else (config,):
             holder["tie_word_embeddings"] = self.skeleton.head_tied
-        if block:
-            config["quantization_config"] = block
         dtypes = [e.scheme.dtype for e in self.plan.entries if isinstance(e.scheme, Plain)]
         if self.settings.dtype is not None or is_quantized(self.checkpoint):
             config.pop("torch_dtype", None)
             config["dtype"] = str(max(set(dtypes), key=dtypes.count)).removeprefix("torch.")
-        return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        return json.dumps(self.target.configured(config, block), indent=2, ensure_ascii=False) + "\n"
 
     @staticmethod
     def _index(output: OutputFolder) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from quantize import float_schemes
+from quantize import float_schemes, mlx_schemes
 from quantize.errors import InputError, UsageError, unknown_name
 from quantize.float_schemes import PackedInt
 from quantize.formats import Format
@@ -13,12 +13,13 @@ from quantize.formats import table as format_table
 from quantize.formats.gguf.mixes import Mix, find_mix
 from quantize.kernels.cpu.ggml import ENCODERS
 from quantize.methods import table as method_table
+from quantize.mlx_schemes import MLXAffine
 from quantize.schemes import AffineInt, GGMLBlock, Plain, Scheme, parse_scheme
 from quantize.settings import Settings
 
 # Methods and formats of the plan that do not stand yet: named so that the answer is not "unknown".
 _TO_COME = ("exl2",)
-_FORMATS_TO_COME = ("exl2", "mlx")
+_FORMATS_TO_COME = ("exl2",)
 # The formats that are asked first, of those that hold what a method makes; then those of the table in order.
 _FIRST_CHOICE = {"gptq": "gptq"}
 
@@ -89,6 +90,8 @@ def choose(
         if method in _TO_COME:
             raise InputError(f"--method {method} does not stand yet", f"methods that do: {', '.join(methods)}")
         raise unknown_name("method", str(method), [*methods, *_NAMED_GRIDS, *_TO_COME])
+    if target == "mlx":
+        return _mlx(method, bits, group_size, symmetric)
     scheme = AffineInt(4 if bits is None else bits, 128 if group_size is None else group_size)
     holders = [name for name, f in known.items() if f.reject(scheme) is None]
     if target is None and not holders:
@@ -105,6 +108,16 @@ def choose(
             f"format {target} cannot hold {scheme}: {reason}", "try --type Q4_K_M" if target == "gguf" else accept
         )
     return Choice(str(method), scheme, target, suffix(str(method), scheme, target))
+
+
+def _mlx(method: str, bits: int | None, group_size: int | None, symmetric: bool | None) -> Choice:
+    """Returns what a method means for MLX, whose grids are its own; its folders are called by their bits alone."""
+    if symmetric:
+        raise UsageError("--sym has no meaning for format mlx, whose grids have a bias", "drop it")
+    scheme = MLXAffine(4 if bits is None else bits, 64 if group_size is None else group_size)
+    if reason := method_table()[method].reject(scheme):
+        raise InputError(f"--method {method} cannot choose points of {scheme}: {reason}", "try rtn or gptq")
+    return Choice(method, scheme, "mlx", f"-{scheme.bits}bit")
 
 
 def _usually_symmetric(method: str, scheme: AffineInt, target: str) -> bool:
@@ -169,7 +182,7 @@ def written(target: Format) -> list[str]:
 
 def _grids() -> list[Scheme]:
     affine: list[Scheme] = [AffineInt(bits, 128, symmetric) for bits in range(2, 9) for symmetric in (False, True)]
-    return [*affine, *float_schemes.members(), *(GGMLBlock(name) for name in ENCODERS)]
+    return [*affine, *float_schemes.members(), *mlx_schemes.members(), *(GGMLBlock(name) for name in ENCODERS)]
 
 
 def matrix() -> list[dict[str, object]]:

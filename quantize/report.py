@@ -106,7 +106,8 @@ def card(report: Report, original: str | None) -> str:
     """
     front, body = _split(original or "")
     kept = [line for line in front if line.split(":")[0] in ("license", "license_name", "license_link", "language")]
-    lines = ["---", f"base_model: {report.source}", "base_model_relation: quantized", "library_name: transformers"]
+    lines = ["---", f"base_model: {report.source}", "base_model_relation: quantized"]
+    lines += [f"library_name: {'mlx' if report.format == 'mlx' else 'transformers'}"]
     lines += [*kept, "tags:", f"- {report.format}", "---", ""]
     name, numbers, settings = report.out.name, report.figures, report.settings
     lines += [f"# {name}", ""]
