@@ -154,7 +154,7 @@ class AWQFormat(FolderFormat):
         """Returns a reason for grids other than 4-bit affine ones."""
         if isinstance(scheme, Plain):
             return None
-        if not isinstance(scheme, AffineInt) or scheme.bits != 4:
+        if type(scheme) is not AffineInt or scheme.bits != 4:
             return "AWQ holds 4-bit integers only"
         if scheme.group_size not in (-1, 16, 32, 64, 128):
             return "AWQ readers take group sizes 16, 32, 64, 128 and -1"

@@ -242,7 +242,7 @@ class GPTQFormat(FolderFormat):
         """Returns a reason for grids other than affine ones of 2, 3, 4 and 8 bits."""
         if isinstance(scheme, Plain):
             return None
-        if not isinstance(scheme, AffineInt) or scheme.bits not in BITS:
+        if type(scheme) is not AffineInt or scheme.bits not in BITS:
             return "GPTQ holds integers of 2, 3, 4 and 8 bits only"
         if scheme.group_size not in _GROUPS:
             return "GPTQ readers take group sizes 16, 32, 64, 128, 256, 512, 1024 and -1"

@@ -68,7 +68,8 @@ def global_scale(peak: Tensor) -> Tensor:
     Args:
         peak: Greatest magnitude of all tensors that share it, float32. Zero gives 1.
     """
-    found = fp8.rounded(_REACH / peak.clamp_min(torch.finfo(torch.float32).tiny))
+    # the peers' two roundings: of the reciprocal, and of the product
+    found = fp8.rounded(fp8.rounded(1 / peak.clamp_min(torch.finfo(torch.float32).tiny)) * _REACH)
     return torch.where(found.isfinite(), found, torch.ones_like(found))
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from quantize import formats, methods
 from quantize.errors import InputError, UsageError
+from quantize.float_schemes import FP8, PackedInt
 from quantize.presets import Choice, choose, matrix, written
 from quantize.schemes import AffineInt, parse_scheme
 
@@ -24,10 +25,17 @@ from quantize.schemes import AffineInt, parse_scheme
         (("rtn", 8, None, False, None, None), AffineInt(8, 128), "gptq", "-RTN-Int8"),
         (("rtn", 4, 256, None, None, None), AffineInt(4, 256), "gptq", "-RTN-Int4"),
         (("rtn", 4, None, None, "gptq_v2", None), AffineInt(4, 128), "gptq_v2", "-RTN-Int4"),
+        (("rtn", 5, None, None, None, None), PackedInt(5, 128, symmetric=True), "compressed-tensors", "-W5A16"),
+        (("gptq", 4, 64, False, "compressed-tensors", None), PackedInt(4, 64), "compressed-tensors", "-GPTQ-W4A16"),
     ],
 )
 def test_choices(arguments: tuple[object, ...], scheme: AffineInt, target: str, suffix: str) -> None:
     assert choose(*arguments) == Choice(str(arguments[0]), scheme, target, suffix)  # type: ignore[arg-type]
+
+
+def test_fp8_is_a_grid_rounded_to_nearest() -> None:
+    found = choose("fp8", None, None, None, None, None)
+    assert found == Choice("rtn", FP8(), "compressed-tensors", "-FP8-Dynamic")
 
 
 @pytest.mark.parametrize(
@@ -40,7 +48,8 @@ def test_choices(arguments: tuple[object, ...], scheme: AffineInt, target: str, 
         (("awq", 0, None, False, None, None), UsageError, "0 bits is no integer scheme"),
         (("awq", 16, None, False, None, None), UsageError, "16 bits is no integer scheme"),
         (("awq", 4, 0, False, None, None), UsageError, "group size 0 is too small"),
-        (("rtn", 5, None, False, None, None), InputError, "no format here holds int5-g128 yet"),
+        (("fp8", 8, None, None, None, None), UsageError, "--method fp8 has one grid"),
+        (("fp8", None, None, None, "gguf", None), InputError, "format gguf cannot hold fp8-channel"),
         (("rtn", 4, 96, False, "gptq", None), InputError, "format gptq cannot hold int4-g96: GPTQ readers take"),
         (("rtn", 4, None, False, "exl2", None), InputError, "format exl2 cannot hold int4-g128"),
         (("rtn", 4, None, False, "hf", None), InputError, "format hf cannot hold int4-g128"),
