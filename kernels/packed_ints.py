@@ -5,13 +5,18 @@ Codes are signed here, `-2**(bits-1)` to `2**(bits-1) - 1`. `kernels.fp8` tells 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import product
+
 import torch
 from torch import Tensor
 
-from quantize.kernels import affine, affine_search, fp8
+from quantize.kernels import affine, fp8
 
 # Factors on a group's peak that the search tries: steps of 2.5 %.
 _FACTORS = tuple(1.05 - 0.025 * step for step in range(19))
+# On each side of grids with a zero point.
+_SIDES = (1.0, 0.92, 0.84, 0.76)
 
 
 def integer_grid(low: Tensor, high: Tensor, bits: int, symmetric: bool, brain: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,32 +61,40 @@ def round_integers(weight: Tensor, scale: Tensor, zeros: Tensor, bits: int) -> T
 def search(weight: Tensor, importance: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
     """Returns the best grid that was tried for each row of float32 `weight` `[rows, group]`.
 
-    Scales of symmetric grids are positive: not every kernel of engines takes others.
+    Scales are positive, those of symmetric grids too: not every kernel of engines takes others.
 
     Returns:
         `(scales, zeros)`, bfloat16 and float32 whole numbers, both `[rows, 1]`.
     """
-    if not symmetric:
-        wide, unsigned = affine_search.search(weight, importance, bits, symmetric=False)
-        return wide.bfloat16(), unsigned - 2 ** (bits - 1)
+    low, high = affine.extremes(weight, weight.shape[-1])
     top = 2 ** (bits - 1)
-    peak = weight.abs().amax(-1, keepdim=True)
-    best, found = torch.full_like(peak, torch.inf), fp8.scales(peak, top - 0.5)
-    for factor in _FACTORS:
-        scale = fp8.scales(peak * factor, top - 0.5)
+    found, zeros = integer_grid(low, high, bits, symmetric, fp8.are_brain(weight))
+    best: Tensor | None = None
+    for scale, zero in [(found, zeros), *_candidates(low, high, bits, symmetric)]:
         step = scale.float()
-        error = (weight / step).round_().clamp_(-top, top - 1).mul_(step).sub_(weight).square_() @ importance
-        better = error[:, None] < best
-        best = torch.where(better, error[:, None], best)
-        found = torch.where(better, scale, found)
-    return found, torch.zeros_like(peak)
+        codes = (weight / step).round_().add_(zero).clamp_(-top, top - 1)
+        error = (codes.sub_(zero).mul_(step).sub_(weight).square_() @ importance)[:, None]
+        better = error < (error + 1 if best is None else best)
+        best = error if best is None else torch.where(better, error, best)
+        found, zeros = torch.where(better, scale, found), torch.where(better, zero, zeros)
+    return found, zeros
+
+
+def _candidates(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields grids on which the extremes are cut by several factors, or stretched a little."""
+    if symmetric:
+        peak = torch.maximum(high, -low)
+        for factor in _FACTORS:
+            yield fp8.scales(peak * factor, 2 ** (bits - 1) - 0.5), torch.zeros_like(peak)
+        return
+    for left, right in product(_SIDES, repeat=2):
+        yield within(low * left, high * right, bits, symmetric=False)
 
 
 def within(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """Returns scale and zero point of grids that just hold `low <= 0 <= high`, as `integer_grid` does."""
-    wide, _ = affine.grid(low, high, bits, symmetric)
+    """Returns scale and zero point of grids that just hold `low <= 0 <= high`, in the types of `integer_grid`."""
     top = 2 ** (bits - 1)
-    scale = wide.bfloat16()
     if symmetric:
-        return scale, torch.zeros_like(low)
+        return fp8.scales(torch.maximum(high / (top - 1), low / -top), 1), torch.zeros_like(low)
+    scale = fp8.scales(high / (2 * top - 1) - low / (2 * top - 1), 1)
     return scale, (-low / scale.float()).round_().clamp_(0, 2 * top - 1) - top
