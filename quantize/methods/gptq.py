@@ -33,7 +33,7 @@ _ORDERS = ("blocks", "columns", "none")
 
 
 @dataclass(frozen=True, slots=True)
-class _Curvature:
+class Curvature:
     """The Hessian of an input as it is used: drawn to its diagonal and damped, float32 `[K, K]`; and its factor."""
 
     hessian: Tensor
@@ -109,7 +109,7 @@ class GPTQ:
             notes.append(f"{block.name}: saw no calibration token, rounded to nearest: {_some(unseen)}")
         return Result(coded, notes=tuple(dict.fromkeys(notes)))
 
-    def _curvatures(self, block: Block, pool: Pool) -> Iterator[tuple[Input, list[str], _Curvature | None]]:
+    def _curvatures(self, block: Block, pool: Pool) -> Iterator[tuple[Input, list[str], Curvature | None]]:
         """Yields the inputs that have statistics, consumers of each, and the Hessian; None if it means little.
 
         An order of columns keeps blocks of one size whole, so consumers whose blocks differ have factors of their own.
@@ -120,16 +120,17 @@ class GPTQ:
                 size = block.schemes[name].block if self.act_order == "blocks" else 0
                 parts.setdefault((item, size), []).append(name)
 
-        def curvature(part: tuple[Input, int]) -> _Curvature | None:
+        def curvature(part: tuple[Input, int]) -> Curvature | None:
             statistics = block.statistics[part[0].name]
             if statistics.count < part[0].width:
                 return None
-            return self._curvature(statistics, block.schemes[parts[part][0]])
+            return self.curvature(statistics, block.schemes[parts[part][0]])
 
         for part, found in zip(parts, pool.map(curvature, parts), strict=True):
             yield part[0], parts[part], found
 
-    def _curvature(self, statistics: Statistics, scheme: Scheme) -> _Curvature:
+    def curvature(self, statistics: Statistics, scheme: Scheme) -> Curvature:
+        """Returns the Hessian of an input as this method uses it for a grid."""
         hessian = statistics.hessian
         width = len(hessian)
         # with fewer tokens than that, up to half of what is left of it is taken off as well
@@ -143,27 +144,30 @@ class GPTQ:
             order = blocks_by_need(diagonal, -1 if self.act_order == "columns" else scheme.block)
         factor = factorize(hessian, order, self.damping)
         hessian.diagonal().add_((factor.damping or 1.0) * float(diagonal.double().mean()))
-        return _Curvature(hessian, factor)
+        return Curvature(hessian, factor)
 
     def _rounded(
-        self, block: Block, names: Sequence[str], curvature: _Curvature, pool: Pool
+        self, block: Block, names: Sequence[str], curvature: Curvature, pool: Pool
     ) -> dict[str, QuantizedTensor]:
         """Returns the matrices of one input with error feedback; rows share nothing but the Hessian."""
 
         def chunk(part: tuple[str, tuple[int, int]]) -> QuantizedTensor:
             name, (start, stop) = part
-            rows, scheme = block.weights[name][start:stop], block.schemes[name]
-            assert isinstance(scheme, Levelled)
-            rounded = feed_back(rows, curvature.factor, scheme, fit_first=self.act_order == "columns")
-            if self.descent and curvature.factor.damping is not None:
-                rounded = descend(rows, curvature.hessian, scheme, rounded, self.descent)
-            return scheme.assemble(rounded.codes, rounded.levels)
+            return self.feed_back(block.weights[name][start:stop], curvature, block.schemes[name])
 
         parts = [(name, span) for name in names for span in _chunks(len(block.weights[name]), pool)]
         made: dict[str, list[QuantizedTensor]] = {}
         for (name, _), part in zip(parts, pool.map(chunk, parts), strict=True):
             made.setdefault(name, []).append(part)
         return {name: joined(found, len(block.weights[name])) for name, found in made.items()}
+
+    def feed_back(self, rows: Tensor, curvature: Curvature, scheme: Scheme) -> QuantizedTensor:
+        """Returns float32 rows `[rows, K]` with error feedback and what mends the rest."""
+        assert isinstance(scheme, Levelled)
+        rounded = feed_back(rows, curvature.factor, scheme, fit_first=self.act_order == "columns")
+        if self.descent and curvature.factor.damping is not None:
+            rounded = descend(rows, curvature.hessian, scheme, rounded, self.descent)
+        return scheme.assemble(rounded.codes, rounded.levels)
 
 
 def _chunks(rows: int, pool: Pool) -> list[tuple[int, int]]:
