@@ -66,13 +66,13 @@ def pack_codes(codes: Tensor, groups: Groups) -> Tensor:
     Returns:
         int32 `[sum of bits * columns / 32, N]`, the groups below one another.
     """
-    parts = codes.split([columns for _, columns in groups])
+    parts = torch.split(codes, [columns for _, columns in groups])
     return torch.cat([bitstream.pack(part, bits) for part, (bits, _) in zip(parts, groups, strict=True)])
 
 
 def unpack_codes(words: Tensor, groups: Groups) -> Tensor:
     """Returns the codes of int32 words, uint8 `[K, N]`, rows in packed order."""
-    parts = words.split([_words(bits, columns) for bits, columns in groups])
+    parts = torch.split(words, [_words(bits, columns) for bits, columns in groups])
     return torch.cat([bitstream.unpack(part, bits) for part, (bits, _) in zip(parts, groups, strict=True)])
 
 
@@ -261,16 +261,17 @@ class EXL2Format(FolderFormat):
 
     def notices(self, schemes: Mapping[str, Scheme]) -> list[str]:
         """Returns a line if exllamav2 would refuse attentions or feed-forwards that are quantized in part."""
+        parts: dict[tuple[str, int], dict[str, Scheme]] = {}
+        for name, scheme in schemes.items():
+            stem, _, leaf = name.removesuffix(".weight").rpartition(".")
+            for kind, leaves in enumerate(_WHOLES):
+                if leaf in leaves:
+                    parts.setdefault((stem, kind), {})[leaf] = scheme
         torn: list[tuple[str, str]] = []
-        for leaves in _WHOLES:
-            for name in schemes:
-                stem = name.removesuffix(f"{leaves[0]}.weight")
-                if stem == name:
-                    continue
-                found = {leaf: schemes[f"{stem}{leaf}.weight"] for leaf in leaves if f"{stem}{leaf}.weight" in schemes}
-                kept = [leaf for leaf, scheme in found.items() if isinstance(scheme, Plain)]
-                if 0 < len(kept) < len(found):
-                    torn.append((stem.rstrip("."), kept[0]))
+        for (stem, _), found in parts.items():
+            kept = [leaf for leaf, scheme in found.items() if isinstance(scheme, Plain)]
+            if 0 < len(kept) < len(found):
+                torn.append((stem, kept[0]))
         if not torn:
             return []
         (module, leaf), count = torn[0], len(torn)

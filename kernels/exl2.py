@@ -61,7 +61,7 @@ def dequantize(codes: Tensor, scales: Tensor, groups: Groups) -> Tensor:
     start = 0
     for index, (bits, columns) in enumerate(groups):
         part = slice(start, start + columns)
-        values[:, part] = (codes[:, part].float() - 2 ** (bits - 1)) * scales[:, index : index + 1].float()
+        values[:, part] = (codes[:, part].float() - (1 << bits - 1)) * scales[:, index : index + 1].float()
         start += columns
     return values.half().float()
 
@@ -74,7 +74,7 @@ def round_to_codes(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
         scale: float32 `[rows]`.
         bits: Width of a code.
     """
-    return (_nearest(weight, scale, bits) + 2 ** (bits - 1)).to(torch.uint8)
+    return (_nearest(weight, scale, bits) + (1 << bits - 1)).to(torch.uint8)
 
 
 def fit(weight: Tensor, bits: int, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -101,7 +101,7 @@ def fit(weight: Tensor, bits: int, importance: Tensor | None = None) -> tuple[Te
     for factor in (best + move for move in _FINE):
         costs[factor] = float(_row_costs(weight, shape * factor, bits, importance).sum())
     maximum = largest * min(costs, key=costs.__getitem__)
-    maximum = maximum.clamp(_LEAST, _LARGEST_HALF / 2 ** (bits - 1)).half()
+    maximum = maximum.clamp(_LEAST, _LARGEST_HALF / (1 << bits - 1)).half()
     return _mend_steps(weight, bits, importance, steps, maximum), maximum
 
 
@@ -116,7 +116,7 @@ def _mend_steps(weight: Tensor, bits: int, importance: Tensor | None, steps: Ten
 def _nearest(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
     """Returns the nearest whole number of scales that a code can say, float32 `[rows, columns]`."""
     usable = torch.where(scale == 0, torch.inf, scale)
-    half = 2 ** (bits - 1)
+    half = 1 << bits - 1
     return (weight / usable[:, None]).round_().clamp_(-half, half - 1)
 
 

@@ -256,6 +256,10 @@ def test_parts_that_exllamav2_takes_whole() -> None:
     assert FORMAT.notices(whole) == []
     (line,) = FORMAT.notices(whole | {"l.0.self_attn.o_proj.weight": plain})
     assert line == "exllamav2 wants all of l.0.self_attn quantized or nothing, and o_proj is not (1 such parts)"
+    two = {"l.0.mlp.up_proj.weight": plain, "l.0.mlp.down_proj.weight": grid, "l.0.mlp.gate.weight": plain}
+    assert FORMAT.notices(two) == [
+        "exllamav2 wants all of l.0.mlp quantized or nothing, and up_proj is not (1 such parts)"
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------
