@@ -172,7 +172,7 @@ class CompressedCheckpoint(FolderCheckpoint):
 
         def arrays(start: int, stop: int) -> dict[str, Tensor]:
             if scheme.granularity == TENSOR:
-                grid = read_rows(scale).reshape(1, 1).expand(stop - start, 1)
+                grid = read_rows(scale).reshape(1, 1).repeat(stop - start, 1)
             elif scheme.granularity == CHANNEL:
                 grid = read_rows(scale, start, stop).reshape(-1, 1)
             else:
@@ -203,7 +203,7 @@ class CompressedCheckpoint(FolderCheckpoint):
                 return found | {"scales": scales.view(torch.uint8)}
             return found | {
                 "scales": scales,
-                "globals": read_rows(shared).reshape(1, 1).expand(stop - start, 1).contiguous(),
+                "globals": read_rows(shared).reshape(1, 1).repeat(stop - start, 1),
             }
 
         return scheme, cols, arrays
@@ -222,7 +222,7 @@ class CompressedCheckpoint(FolderCheckpoint):
 
         def spread(extent: Extent, start: int, stop: int) -> Tensor:
             if flat:
-                return read_rows(extent).reshape(1, 1).expand(stop - start, 1).contiguous()
+                return read_rows(extent).reshape(1, 1).repeat(stop - start, 1)
             return read_rows(extent, start, stop).reshape(stop - start, groups)
 
         def arrays(start: int, stop: int) -> dict[str, Tensor]:

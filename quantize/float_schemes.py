@@ -95,7 +95,7 @@ class FP8:
         """
         weight = weight.float()
         if self.granularity == TENSOR:
-            grid = fp8.scales(_peak(weight, self.peak), fp8.LARGEST).expand(len(weight), 1)
+            grid = fp8.scales(_peak(weight, self.peak), fp8.LARGEST).repeat(len(weight), 1)
         elif self.granularity == CHANNEL:
             grid = fp8.scales(weight.abs().amax(-1, keepdim=True), fp8.LARGEST)
         else:
@@ -218,7 +218,7 @@ class NVFP4:
         weight = weight.float()
         shared = fp4.global_scale(_peak(weight, self.peak))
         codes, scales = fp4.nv_encode(weight, shared)
-        arrays = {"codes": fp4.pack(codes), "scales": scales, "globals": shared.expand(len(weight), 1).contiguous()}
+        arrays = {"codes": fp4.pack(codes), "scales": scales, "globals": shared.repeat(len(weight), 1)}
         return QuantizedTensor(self, tuple(weight.shape), arrays)
 
     def decode(self, coded: QuantizedTensor) -> Tensor:

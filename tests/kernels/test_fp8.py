@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -139,6 +139,7 @@ def test_golden_integers_with_a_zero_point() -> None:
     assert codes.tolist() == [[-8, 7, -6, 0], [0, 0, 0, 0], [0, 7, 7, -7]]
 
 
+@settings(max_examples=40)
 @given(st.integers(2, 8), st.booleans(), st.integers(0, 2**31))
 def test_the_search_never_loses(bits: int, symmetric: bool, seed: int) -> None:
     weight = normal(4, 32, seed)
@@ -197,6 +198,7 @@ def test_zeros_tiny_and_huge_weights(scheme: Scheme, value: float) -> None:
         assert float(found[3, 5]) == pytest.approx(value, rel=0.34)
 
 
+@settings(max_examples=40)
 @given(st.sampled_from([s for s in SCHEMES if not str(s).startswith("fp8-tensor")]), st.integers(1, 300))
 def test_runs_of_rows_are_coded_as_the_whole(scheme: Scheme, rows: int) -> None:
     weight = normal(rows, 128, rows)
