@@ -27,6 +27,9 @@ environment gptqmodel \
   GPTQModel==7.7.0 Defuser==0.0.28 optimum==2.3.0 torch==2.14.1 torchao==0.18.0 transformers==5.24.0 \
   accelerate==1.15.0 datasets==5.2.0 safetensors==0.8.0 numpy==2.4.6
 
+# mlx's packages for Linux: the "cpu" extra brings the backend
+environment mlx 'mlx[cpu]==0.32.4' mlx-lm==0.32.2
+
 environment llamacpp xllamacpp==2026.10.11549 numpy==2.4.6
 
 programs=(llama-perplexity llama-quantize llama-imatrix)
