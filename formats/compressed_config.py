@@ -159,8 +159,8 @@ def _arguments(kind: str, bits: int, strategy: str, symmetric: bool = True, **mo
 def _weights(scheme: Scheme) -> dict[str, Any]:
     """Returns what describes the weights of a group."""
     if isinstance(scheme, FP8):
-        tiles = {"block_structure": [scheme.size, scheme.size]} if scheme.granularity == BLOCK else {}
-        return _arguments("float", 8, scheme.granularity, **tiles)
+        found = _arguments("float", 8, scheme.granularity)
+        return found | ({"block_structure": [scheme.size] * 2} if scheme.granularity == BLOCK else {})
     if isinstance(scheme, NVFP4):
         return _arguments("float", 4, "tensor_group", group_size=scheme.block, scale_dtype="torch.float8_e4m3fn")
     if isinstance(scheme, MXFP4):

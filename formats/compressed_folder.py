@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from quantize.errors import InputError
-from quantize.float_schemes import FP8, MXFP4, NVFP4, TENSOR, Int8Channel, PackedInt
+from quantize.float_schemes import BLOCK, CHANNEL, FP8, MXFP4, NVFP4, TENSOR, Int8Channel, PackedInt
 from quantize.formats import bitstream
 from quantize.formats.base import TensorInfo
-from quantize.formats.compressed_config import BLOCK, CHANNEL, Group, declared
+from quantize.formats.compressed_config import Group, declared
 from quantize.formats.container import Extent, read_rows
 from quantize.formats.folder import FolderCheckpoint
 from quantize.kernels import fp4
@@ -210,14 +210,14 @@ class CompressedCheckpoint(FolderCheckpoint):
 
     def _ints(self, module: str, codes: Extent, scale: Extent, group: Group) -> tuple[Scheme, int, Arrays]:
         rows, cols = codes.shape
-        bits = group.weights.get("num_bits", 8)
+        bits = _bits(group, 8)
         flat = scale.shape in ((), (1,))
         groups = 1 if flat or len(scale.shape) == 1 else scale.shape[-1]
         zeros = self.extents.get(f"{module}.weight_zero_point")
         right = flat or scale.shape in ((rows,), (rows, groups))
-        if not right or bits not in _BITS or (zeros is not None and zeros.shape != scale.shape):
+        if not right or not bits or (zeros is not None and zeros.shape != scale.shape):
             raise self._disagreement(codes, module)
-        scheme = self._affine(module, codes, scale, group, int(bits), (cols, groups, zeros is None))
+        scheme = self._affine(module, codes, scale, group, bits, (cols, groups, zeros is None))
         middle = 2 ** (scheme.bits - 1)
 
         def spread(extent: Extent, start: int, stop: int) -> Tensor:
@@ -238,10 +238,10 @@ class CompressedCheckpoint(FolderCheckpoint):
         if len(scale.shape) != 2 or scale.shape[0] != rows or not scale.shape[1]:
             raise self._disagreement(codes, module)
         cols = self._columns(module, codes, rows)
-        bits = group.weights.get("num_bits") or next((b for b in _BITS if _words(cols, b) == words), None)
-        straddles = bits in _BITS and words == _words(cols, bits)
-        if bits not in _BITS or not (straddles or words == _words_apart(cols, bits)):
+        bits = _bits(group, next((bits for bits in _BITS if _words(cols, bits) == words), 0))
+        if not bits or words not in (_words(cols, bits), _words_apart(cols, bits)):
             raise self._disagreement(codes, module)
+        straddles = words == _words(cols, bits)
         zeros = self.extents.get(f"{module}.weight_zero_point")
         high = _words(rows, bits) if straddles else _words_apart(rows, bits)
         if zeros is not None and (zeros.dtype, zeros.shape) != (torch.int32, (high, scale.shape[1])):
@@ -305,6 +305,13 @@ class CompressedCheckpoint(FolderCheckpoint):
         return order
 
 
+def _bits(group: Group, usual: int) -> int:
+    """Returns the width of codes that a group says, or else the usual one; 0 for what is none."""
+    said = group.weights.get("num_bits")
+    said = usual if said is None else said
+    return said if isinstance(said, int) and said in _BITS else 0
+
+
 def _tile(codes: tuple[int, ...], grid: tuple[int, ...], group: Group) -> int | None:
     """Returns the size of square tiles of which a matrix has as many as its grid of scales, or None."""
     said = group.weights.get("block_structure")
@@ -341,7 +348,8 @@ def unpack(words: Tensor, bits: int, count: int, straddles: bool = True) -> Tens
     if not straddles:
         each = bitstream.WORD // bits
         shifts = torch.arange(each, dtype=torch.int32)[None, :, None] * bits
-        return ((words[:, None] >> shifts) & 2**bits - 1).to(torch.uint8).flatten(0, 1)[:count]
+        apart: Tensor = (words[:, None] >> shifts) & 2**bits - 1
+        return apart.to(torch.uint8).flatten(0, 1)[:count]
     run = bitstream.period(bits) * bits // bitstream.WORD
     whole = torch.nn.functional.pad(words, (0, 0, 0, -len(words) % run))
     return bitstream.unpack(whole, bits)[:count]

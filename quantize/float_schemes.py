@@ -160,7 +160,8 @@ class PackedInt(AffineInt):
         return found
 
     def _unsigned(self, values: Tensor) -> Tensor:
-        return (values + 2 ** (self.bits - 1)).to(torch.uint8)
+        middle: float = 2.0 ** (self.bits - 1)
+        return (values + middle).to(torch.uint8)
 
     def _coded(self, weight: Tensor, scales: Tensor, zeros: Tensor) -> QuantizedTensor:
         codes = packed_ints.round_integers(weight, scales, zeros, self.bits)
