@@ -22,6 +22,9 @@ _NO_SCALE = 0.125
 _SIGN = 8
 # Bits of a float32 below those that rounding to a power of two looks at: from 1.75 on it goes up.
 _HALF_STEP, _MANTISSA = 1 << 21, 23
+# Factors on the scale that the search tries, the plain one first; beyond 1 the peak is below the greatest code.
+_FACTORS = (1.0, *(0.7 + 0.05 * step for step in range(19) if step != 6))
+_SMALLEST = 2.0**-9  # of E4M3
 _TWO = 2  # exponent of the greatest power of two among the codes
 
 
@@ -36,6 +39,9 @@ def _bounds() -> Tensor:
 
 _BOUNDS = _bounds()
 _TABLE = torch.tensor([*VALUES, *(-value for value in VALUES)])
+# Never decreasing, as error feedback wants them, and the code of each.
+POINTS = torch.tensor([*(-value for value in VALUES[:0:-1]), *VALUES])
+POINT_CODES = torch.tensor([*range(15, 8, -1), *range(8)], dtype=torch.uint8)
 # By byte; 255 is NaN.
 _POWERS = torch.tensor([*(2.0 ** (byte - 127) for byte in range(255)), torch.nan])
 
@@ -107,3 +113,37 @@ def mx_encode(weight: Tensor) -> tuple[Tensor, Tensor]:
 def powers(exponents: Tensor) -> Tensor:
     """Returns 2 ** (byte - 127) as float32 for E8M0 bytes; NaN for 255."""
     return _POWERS.to(exponents.device)[exponents.int()]
+
+
+def _loss(blocks: Tensor, scale: Tensor, importance: Tensor) -> Tensor:
+    """Returns the weighted squared error of `blocks` `[rows, block]` on their `scale` `[rows, 1]`: `[rows, 1]`."""
+    rounded = _TABLE.to(blocks.device)[codes(blocks / scale).int()] * scale
+    return ((rounded - blocks).square() @ importance)[:, None]
+
+
+def nv_search(blocks: Tensor, importance: Tensor, shared: Tensor) -> Tensor:
+    """Returns the best NVFP4 scale that was tried for each block, as stored: the bytes of E4M3, uint8 `[rows, 1]`.
+
+    Args:
+        blocks: float32 `[rows, 16]`.
+        importance: Cost of a squared error of each column, float32 `[16]`.
+        shared: The global scale, float32 `[]`.
+    """
+    local = fp8.rounded(blocks.abs().amax(-1, keepdim=True) / LARGEST) * shared
+    best: Tensor | None = None
+    found = torch.zeros_like(local, dtype=torch.uint8)
+    for factor in _FACTORS:
+        scale = (local * factor).clamp(_SMALLEST, fp8.LARGEST).to(torch.float8_e4m3fn)
+        loss = _loss(blocks, scale.float() / shared, importance)
+        better = torch.ones_like(loss, dtype=torch.bool) if best is None else loss < best
+        best = loss if best is None else torch.where(better, loss, best)
+        found = torch.where(better, scale.view(torch.uint8), found)
+    return found
+
+
+def mx_search(blocks: Tensor, importance: Tensor) -> Tensor:
+    """Returns the best exponent of three for each block of float32 `[rows, 32]`: uint8 `[rows, 1]`."""
+    _, plain = mx_encode(blocks)
+    tried = [(plain.int() + step).clamp_(0, 254).to(torch.uint8) for step in (0, -1, 1)]
+    losses = torch.stack([_loss(blocks, powers(exponent), importance) for exponent in tried])
+    return torch.stack(tried).gather(0, losses.argmin(0, keepdim=True))[0]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from quantize.errors import UsageError
-from quantize.kernels import affine, fp4, fp8, packed_ints
+from quantize.kernels import affine, fp4, fp8, levels, packed_ints
 from quantize.kernels.levels import Levels
 from quantize.schemes import AffineInt, QuantizedTensor, Scheme, Shape
 
@@ -227,6 +227,40 @@ class NVFP4:
         codes, scales, shared = (coded.arrays[key] for key in ("codes", "scales", "globals"))
         return fp4.decode(fp4.unpack(codes), scales.float() / shared)
 
+    def fit(self, weight: Tensor, importance: Tensor | None = None) -> Levels:
+        """Returns grids of one block of columns `[rows, 16]` under the global scale of `peak`.
+
+        Raises:
+            ValueError: the peak is not known; one block does not tell it.
+        """
+        if self.peak is None:
+            raise ValueError("nvfp4 is fitted block by block only where its peak is known")
+        weights = torch.ones_like(weight[0]) if importance is None else importance
+        return self._levels(fp4.nv_search(weight, weights, self._shared(weight.device)))
+
+    def assemble(self, codes: Tensor, parts: Sequence[Levels]) -> QuantizedTensor:
+        """Returns the coded tensor of chosen points."""
+        arrays = _assembled(codes, parts)
+        shared = self._shared(codes.device).repeat(len(codes), 1)
+        arrays |= {"scales": arrays["scales"].view(torch.float8_e4m3fn), "globals": shared}
+        return QuantizedTensor(self, tuple(codes.shape), arrays)
+
+    def neighbours(self, fitted: Levels) -> list[Levels]:
+        """Returns grids whose scales are the next two storable ones on either side."""
+        stored = fitted.state["scales"].int()
+        return [self._levels((stored + step).clamp(1, 126).to(torch.uint8)) for step in (-1, 1, -2, 2)]
+
+    def choose(self, tried: Sequence[Levels], which: Tensor) -> Levels:
+        """Returns the grids that `which` says."""
+        return self._levels(levels.chosen(tried, which)["scales"])
+
+    def _shared(self, device: torch.device) -> Tensor:
+        return fp4.global_scale(torch.tensor(self.peak, device=device))
+
+    def _levels(self, stored: Tensor) -> Levels:
+        scale = stored.view(torch.float8_e4m3fn).float() / self._shared(stored.device)
+        return _fp4_levels(scale, stored)
+
 
 @dataclass(frozen=True, slots=True)
 class MXFP4:
@@ -258,6 +292,37 @@ class MXFP4:
     def decode(self, coded: QuantizedTensor) -> Tensor:
         """Returns the float32 values."""
         return fp4.decode(fp4.unpack(coded.arrays["codes"]), fp4.powers(coded.arrays["scales"]))
+
+    def fit(self, weight: Tensor, importance: Tensor | None = None) -> Levels:
+        """Returns grids of one block of columns `[rows, 32]`, with the best exponent of three."""
+        weights = torch.ones_like(weight[0]) if importance is None else importance
+        return self._levels(fp4.mx_search(weight, weights))
+
+    def assemble(self, codes: Tensor, parts: Sequence[Levels]) -> QuantizedTensor:
+        """Returns the coded tensor of chosen points."""
+        return QuantizedTensor(self, tuple(codes.shape), _assembled(codes, parts))
+
+    def neighbours(self, fitted: Levels) -> list[Levels]:
+        """Returns grids with the next smaller and larger exponent."""
+        stored = fitted.state["scales"].int()
+        return [self._levels((stored + step).clamp(0, 254).to(torch.uint8)) for step in (-1, 1)]
+
+    def choose(self, tried: Sequence[Levels], which: Tensor) -> Levels:
+        """Returns the grids that `which` says."""
+        return self._levels(levels.chosen(tried, which)["scales"])
+
+    def _levels(self, stored: Tensor) -> Levels:
+        return _fp4_levels(fp4.powers(stored), stored)
+
+
+def _fp4_levels(scale: Tensor, stored: Tensor) -> Levels:
+    return Levels(scale, torch.zeros_like(scale), fp4.POINTS.to(scale.device), {"scales": stored})
+
+
+def _assembled(points: Tensor, parts: Sequence[Levels]) -> dict[str, Tensor]:
+    """Returns codes two to a byte, of indices into the points, and the stored scales side by side."""
+    codes = fp4.POINT_CODES.to(points.device)[points.int()]
+    return {"codes": fp4.pack(codes), "scales": torch.cat([part.state["scales"] for part in parts], 1)}
 
 
 def _no_blocks(shape: Shape, block: int) -> str | None:

@@ -293,6 +293,18 @@ def test_calibrated_integers(method: str, bits: int, tmp_path: Path) -> None:
     assert bool((found.arrays["scales"] > 0).all())
 
 
+@pytest.mark.parametrize("scheme", ["nvfp4-a16", "mxfp4-a16"])
+def test_calibrated_small_floats(scheme: str, tmp_path: Path) -> None:
+    model = tiny.llama(tmp_path / "Tiny", tokenizer=True)
+    out = tmp_path / "out"
+    rules = (f"model.layers.*={scheme}",)
+    quantize.run(model, method="gptq", format="compressed-tensors", out=out, set=rules, **tiny.QUICK)
+    made = quantize.open(out)
+    assert sum(str(info.scheme) == scheme for info in made.tensors.values()) == 14
+    source = load_file(model / "model.safetensors")[f"{LINEAR}.weight"].float()
+    assert float((made.read(f"{LINEAR}.weight") - source).norm() / source.norm()) < 0.3
+
+
 def test_tiles_that_do_not_fit_become_rows(tmp_path: Path) -> None:
     model = tiny.llama(tmp_path / "Tiny", hidden_size=128, intermediate_size=192)
     quantize.run(model, method="fp8", eval="none", out=tmp_path / "out", set=("model.layers.*=fp8-block",))

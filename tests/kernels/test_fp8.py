@@ -154,6 +154,31 @@ def test_the_search_never_loses(bits: int, symmetric: bool, seed: int) -> None:
     assert found <= before * 1.0001
 
 
+@pytest.mark.parametrize("scheme", [NVFP4(0.5), MXFP4()], ids=str)
+def test_levels_of_small_floats(scheme: NVFP4 | MXFP4) -> None:
+    assert isinstance(scheme, Levelled)
+    weight = normal(40, 64).clamp(-0.5, 0.5)
+    weight[3] = 0
+    parts = [scheme.fit(weight[:, start : start + scheme.block].contiguous()) for start in range(0, 64, scheme.block)]
+    scale = torch.cat([part.scale for part in parts], 1).repeat_interleave(scheme.block, 1)
+    points = parts[0].points
+    codes = ((weight / scale)[..., None] - points).abs().argmin(-1).to(torch.uint8)
+    coded = scheme.assemble(codes, parts)
+    values = coded.dequantize()
+    torch.testing.assert_close(values, points[codes.int()] * scale, rtol=1e-6, atol=0)
+    assert (values - weight).square().sum() < (scheme.encode(weight).dequantize() - weight).square().sum()
+    for key, value in scheme.encode(weight).arrays.items():
+        assert (coded.arrays[key].dtype, coded.arrays[key].shape) == (value.dtype, value.shape)
+    near = scheme.neighbours(parts[0])
+    chosen = scheme.choose([parts[0], *near], torch.full_like(parts[0].scale, 1, dtype=torch.int64))
+    assert torch.equal(chosen.scale, near[0].scale)
+
+
+def test_a_block_does_not_tell_the_global_scale() -> None:
+    with pytest.raises(ValueError, match="peak"):
+        NVFP4().fit(normal(4, 16))
+
+
 def test_neighbours_are_storable() -> None:
     for scheme in (PackedInt(4, 32), PackedInt(4, 32, symmetric=True)):
         fitted = scheme.fit(normal(3, 32))
