@@ -57,6 +57,11 @@ def affine(weight: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tenso
     return codes.flatten(-2), scales, biases
 
 
+def span(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Returns float32 scales and biases of grids from `low` to `high`."""
+    return ((high - low) / (2**bits - 1)).clamp_min_(_STEP_MIN), low
+
+
 def nearest(groups: Tensor, scales: Tensor, biases: Tensor, bits: int) -> Tensor:
     """Returns the nearest codes, uint8 `[..., n, group]`, of float32 groups on grids `[..., n]`."""
     usable = torch.where(scales == 0, torch.ones_like(scales), scales).unsqueeze(-1)
@@ -86,10 +91,10 @@ def search(weight: Tensor, importance: Tensor, bits: int, dtype: torch.dtype) ->
     best = _Best(weight, importance, bits, dtype)
     best.offer(plain, bias)
     low, high = (end.unsqueeze(-1) for end in weight.aminmax(dim=-1))
-    middle, top = (low + high) / 2, 2**bits - 1
+    middle = (low + high) / 2
     for a, b in product(_NARROW_FACTORS if bits <= _NARROW else _FACTORS, repeat=2):
         start, stop = middle + (low - middle) * a, middle + (high - middle) * b
-        best.offer(((stop - start) / top).clamp_min_(_STEP_MIN), start)
+        best.offer(*span(start, stop, bits))
     for _ in range(2):
         best.offer(*best.least_squares())
     return best.scales, best.biases

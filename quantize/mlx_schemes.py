@@ -89,6 +89,26 @@ class MLXAffine:
         arrays = {"codes": codes, "scales": scales.to(self.dtype), "biases": biases.to(self.dtype)}
         return QuantizedTensor(self, tuple(weight.shape), arrays)
 
+    def group(self, cols: int) -> int:
+        """Returns the number of inputs that share a scale."""
+        return self.group_size
+
+    def extremes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the least and the greatest value of each group."""
+        low, high = weight.unflatten(-1, (-1, self.group_size)).aminmax(dim=-1)
+        return low, high
+
+    def round_trip(self, weight: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """Returns what `weight` reads back as on grids that span `low` to `high`."""
+        return self.decode(self.encode_within(weight, low, high))
+
+    def encode_within(self, weight: Tensor, low: Tensor, high: Tensor) -> QuantizedTensor:
+        """Returns `weight` rounded on grids that span `low` to `high`, codes chosen against what is stored."""
+        scales, biases = (value.to(self.dtype) for value in mlx.span(low, high, self.bits))
+        groups = weight.float().unflatten(-1, (-1, self.group_size))
+        codes = mlx.nearest(groups, scales.float(), biases.float(), self.bits).flatten(-2)
+        return QuantizedTensor(self, tuple(weight.shape), {"codes": codes, "scales": scales, "biases": biases})
+
     def decode(self, coded: QuantizedTensor) -> Tensor:
         """Returns `scale * code + bias`, float32 `[rows, cols]`."""
         return mlx.affine_values(*(coded.arrays[key] for key in ("codes", "scales", "biases")))

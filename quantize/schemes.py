@@ -79,6 +79,23 @@ class Levelled(Scheme, Protocol):
         """Returns the grids in which each sub-block has those of `tried` that int64 `which` `[rows, subs]` says."""
 
 
+@runtime_checkable
+class Spanned(Scheme, Protocol):
+    """A grid that spans each group from a lowest to a highest value, which may be moved: what can be clipped."""
+
+    def group(self, cols: int) -> int:
+        """Returns the number of inputs that share a scale in a row of `cols`."""
+
+    def extremes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns what each group of float32 `weight` `[rows, cols]` spans, both float32 `[rows, groups]`."""
+
+    def round_trip(self, weight: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """Returns what `weight` reads back as on grids that span `low` to `high`; float32, same shape."""
+
+    def encode_within(self, weight: Tensor, low: Tensor, high: Tensor) -> QuantizedTensor:
+        """Returns `weight` rounded on grids that span `low` to `high`; values outside saturate."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class QuantizedTensor:
     """A tensor coded under a scheme.
@@ -229,6 +246,14 @@ class AffineInt:
         """Returns `weight` `[rows, cols]` rounded on grids that just hold each group's extremes and zero."""
         low, high = affine.extremes(weight.float(), self.group(weight.shape[-1]))
         return self.encode_within(weight, low, high)
+
+    def extremes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the least and the greatest value of each group, both stretched to include 0."""
+        return affine.extremes(weight, self.group(weight.shape[-1]))
+
+    def round_trip(self, weight: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """Returns what `weight` reads back as on grids that span `low` to `high`."""
+        return affine.round_trip(weight, low, high, self.bits, self.symmetric)
 
     def encode_within(self, weight: Tensor, low: Tensor, high: Tensor) -> QuantizedTensor:
         """Returns `weight` rounded on grids that span `low` to `high`; values outside saturate.

@@ -16,10 +16,9 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from quantize.kernels import affine
 from quantize.methods.base import ROWS, Block, Prepared, Result, encode
 from quantize.parallel import Pool
-from quantize.schemes import AffineInt, QuantizedTensor, Scheme
+from quantize.schemes import QuantizedTensor, Scheme, Spanned
 from quantize.statistics import Statistics
 from quantize.structure import Fold, Input, fold_all, grouped
 
@@ -43,8 +42,8 @@ class AWQ:
     tokens_per_column = 0
 
     def reject(self, scheme: Scheme) -> str | None:
-        """Returns a reason for grids that are not affine integers: clipping moves their extremes."""
-        return None if isinstance(scheme, AffineInt) else "awq clips affine integer grids only"
+        """Returns a reason for grids that span no range: clipping moves its ends."""
+        return None if isinstance(scheme, Spanned) else "awq clips affine integer grids only"
 
     def prepare(self, block: Block, pool: Pool) -> Prepared | None:
         """Returns None: all is done at once."""
@@ -104,11 +103,11 @@ def _search(group: Sequence[Input], block: Block, pool: Pool) -> _Found:
     def loss(rows: Tensor | None) -> float:
         total = 0.0
         for (_, stats), weight, scheme in zip(consumers, judges, schemes, strict=True):
-            assert isinstance(scheme, AffineInt)
+            assert isinstance(scheme, Spanned)
             columns = torch.ones(item.width) if rows is None else rows[channels]
             scaled = weight * columns
-            low, high = affine.extremes(scaled, scheme.group(item.width))
-            error = affine.round_trip(scaled, low, high, scheme.bits, scheme.symmetric) / columns - weight
+            low, high = scheme.extremes(scaled)
+            error = scheme.round_trip(scaled, low, high) / columns - weight
             total += stats.count / statistics.count * float(_quadratic(error, stats.hessian).double().sum())
         return total
 
@@ -130,7 +129,7 @@ def _judges(weight: Tensor, consumers: int) -> Tensor:
 def _candidates(item: Input, statistics: Statistics, judges: list[Tensor], scheme: Scheme) -> Iterator[Tensor]:
     """Yields scales per producer row: the paper's `x^r` and AutoAWQ's `x^r / w^(1-r)`, r from 0 to 1."""
     assert item.fold is not None
-    assert isinstance(scheme, AffineInt)
+    assert isinstance(scheme, Spanned)
     x = _by_row(statistics.mean_abs, item.fold)
     parts = torch.cat([weight.abs().reshape(len(weight), -1, scheme.group(item.width)) for weight in judges])
     w = _by_row((parts / (parts.amax(-1, keepdim=True) + 1e-6)).flatten(-2).mean(0), item.fold)
@@ -227,17 +226,17 @@ def _clip(weight: Tensor, hessian: Tensor, scheme: Scheme, pool: Pool) -> tuple[
     Groups choose by the diagonal blocks of the Hessian, `[group, group]` each; a row keeps its choices only if its
     whole error, all of the Hessian counted, falls.
     """
-    assert isinstance(scheme, AffineInt)
+    assert isinstance(scheme, Spanned)
     group = scheme.group(weight.shape[-1])
     count = weight.shape[-1] // group
     blocks = torch.stack([hessian[i * group : (i + 1) * group, i * group : (i + 1) * group] for i in range(count)])
 
     def chunk(span: tuple[int, int]) -> tuple[QuantizedTensor, Tensor]:
         part = weight[span[0] : span[1]]
-        low, high = affine.extremes(part, group)
+        low, high = scheme.extremes(part)
 
         def group_error(lo: Tensor, hi: Tensor) -> Tensor:
-            error = affine.round_trip(part, lo, hi, scheme.bits, scheme.symmetric) - part
+            error = scheme.round_trip(part, lo, hi) - part
             columns = error.reshape(len(part), count, group).transpose(0, 1)  # [count, rows, group]
             return torch.einsum("grk,grk->rg", columns @ blocks, columns)
 
@@ -260,17 +259,17 @@ def _clip(weight: Tensor, hessian: Tensor, scheme: Scheme, pool: Pool) -> tuple[
     return QuantizedTensor(scheme, tuple(weight.shape), arrays), torch.cat([error for _, error in parts])
 
 
-def _row_errors(weight: Tensor, low: Tensor, high: Tensor, scheme: AffineInt, hessian: Tensor) -> Tensor:
-    return _quadratic(affine.round_trip(weight, low, high, scheme.bits, scheme.symmetric) - weight, hessian)
+def _row_errors(weight: Tensor, low: Tensor, high: Tensor, scheme: Spanned, hessian: Tensor) -> Tensor:
+    return _quadratic(scheme.round_trip(weight, low, high) - weight, hessian)
 
 
 def _nearest_loss(weight: Tensor, hessian: Tensor, scheme: Scheme, pool: Pool) -> float:
     """Returns the error of rounding to nearest without scale or clipping."""
-    assert isinstance(scheme, AffineInt)
+    assert isinstance(scheme, Spanned)
 
     def chunk(span: tuple[int, int]) -> float:
         part = weight[span[0] : span[1]]
-        low, high = affine.extremes(part, scheme.group(part.shape[-1]))
+        low, high = scheme.extremes(part)
         return float(_row_errors(part, low, high, scheme, hessian).double().sum())
 
     return sum(pool.map(chunk, pool.spans(len(weight), ROWS)))

@@ -208,13 +208,16 @@ def test_scales_have_the_models_type(model: Path, tmp_path: Path, dtype: str, ki
     assert json.loads((out / "config.json").read_text())["torch_dtype"] == str(kind).removeprefix("torch.")
 
 
-def test_gptq_rounds_onto_the_grid(model: Path, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["gptq", "awq", "awq+gptq"])
+def test_calibrated_methods_round_onto_the_grid(model: Path, folder: Path, tmp_path: Path, method: str) -> None:
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
-    out = run(model, tmp_path / "Out", method="gptq", calib=(str(text),), calib_samples=16, calib_length=64)
+    out = run(model, tmp_path / "Out", method=method, calib=(str(text),), calib_samples=16, calib_length=64)
     ours, nearest = load_file(out / "model.safetensors"), load_file(folder / "model.safetensors")
     assert ours.keys() == nearest.keys()
-    changed = {name for name in ours if not torch.equal(ours[name], nearest[name])}
+    same = {name for name in ours if torch.equal(ours[name], nearest[name])}
+    changed = {name for name in ours if name not in same and not name.endswith("norm.weight")}
+    assert ("model.layers.1.input_layernorm.weight" in same) == (method == "gptq")
     assert {name.rpartition(".")[0] for name in changed} == {
         name.rpartition(".")[0] for name in ours if ".layers." in name and name.endswith(".scales")
     }
