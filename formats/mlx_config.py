@@ -82,8 +82,9 @@ def _values(scheme: MLXAffine | MLXFloat) -> dict[str, Any]:
 def block(modules: Mapping[str, Scheme]) -> dict[str, Any]:
     """Returns the block: the commonest grid, and under the path of each module what differs; False for plain ones."""
     coded = {name: _values(s) for name, s in modules.items() if isinstance(s, MLXAffine | MLXFloat)}
-    counts = Counter(tuple(values.items()) for values in coded.values())
-    usual = dict(max(sorted(counts), key=counts.__getitem__))
+    counts = Counter((v["group_size"], v["bits"], v["mode"]) for v in coded.values())
+    _, (group, bits, mode) = max((count, values) for values, count in counts.items())
+    usual = {"group_size": group, "bits": bits, "mode": mode}
     others: dict[str, Any] = {name: values for name, values in coded.items() if values != usual}
     others |= {name: False for name, scheme in modules.items() if isinstance(scheme, Plain)}
     return {**usual, **{name: others[name] for name in modules if name in others}}

@@ -28,6 +28,11 @@ _NARROW_FACTORS = (1.0, 0.94, 0.88, 0.82, 0.76, 0.7, 0.62)
 _NARROW = 2
 
 
+def _grouped(values: Tensor, group: int) -> Tensor:
+    """Returns `[..., cols]` as `[..., cols / group, group]`."""
+    return values.reshape(*values.shape[:-1], -1, group)
+
+
 def affine(weight: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
     """Returns codes, scales and biases as `mx.quantize` makes them; `w = scale * code + bias`.
 
@@ -42,7 +47,7 @@ def affine(weight: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tenso
         uint8 `[..., cols]`; scales and biases float32 `[..., cols / group]`, not yet rounded to the dtype that a file
         has. Codes are chosen against these. Scales may be negative.
     """
-    groups = weight.unflatten(-1, (-1, group))
+    groups = _grouped(weight, group)
     low, high = groups.aminmax(dim=-1)
     top = 2**bits - 1
     step = ((high - low) / top).clamp_min_(_STEP_MIN)
@@ -71,7 +76,7 @@ def nearest(groups: Tensor, scales: Tensor, biases: Tensor, bits: int) -> Tensor
 
 def affine_values(codes: Tensor, scales: Tensor, biases: Tensor) -> Tensor:
     """Returns `scale * code + bias`, float32 `[..., cols]`."""
-    groups = codes.unflatten(-1, (scales.shape[-1], -1)).float()
+    groups = _grouped(codes, codes.shape[-1] // scales.shape[-1]).float()
     return groups.mul_(scales.float().unsqueeze(-1)).add_(biases.float().unsqueeze(-1)).flatten(-2)
 
 
@@ -185,7 +190,7 @@ def float_encode(weight: Tensor, name: str, dtype: torch.dtype = torch.float32) 
         uint8 `[..., cols]` and uint8 `[..., cols / group]`.
     """
     mode = MODES[name]
-    groups = weight.unflatten(-1, (-1, mode.group))
+    groups = _grouped(weight, mode.group)
     most = groups.abs().amax(-1)
     least = (most / mode.largest).to(dtype).float()
     if mode.power:
@@ -227,7 +232,7 @@ def float_values(codes: Tensor, scales: Tensor, name: str) -> Tensor:
         values = codes.view(torch.float8_e4m3fn).float()
     else:
         values = torch.tensor((*_FP4, *(-value for value in _FP4)), device=codes.device)[codes.int()]
-    groups = values.unflatten(-1, (scales.shape[-1], -1))
+    groups = _grouped(values, values.shape[-1] // scales.shape[-1])
     return (groups * scale_values(scales, name).unsqueeze(-1)).flatten(-2)
 
 

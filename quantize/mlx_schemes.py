@@ -95,7 +95,7 @@ class MLXAffine:
 
     def extremes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the least and the greatest value of each group."""
-        low, high = weight.unflatten(-1, (-1, self.group_size)).aminmax(dim=-1)
+        low, high = weight.reshape(*weight.shape[:-1], -1, self.group_size).aminmax(dim=-1)
         return low, high
 
     def round_trip(self, weight: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ class MLXAffine:
     def encode_within(self, weight: Tensor, low: Tensor, high: Tensor) -> QuantizedTensor:
         """Returns `weight` rounded on grids that span `low` to `high`, codes chosen against what is stored."""
         scales, biases = (value.to(self.dtype) for value in mlx.span(low, high, self.bits))
-        groups = weight.float().unflatten(-1, (-1, self.group_size))
+        groups = weight.float().reshape(*low.shape, self.group_size)
         codes = mlx.nearest(groups, scales.float(), biases.float(), self.bits).flatten(-2)
         return QuantizedTensor(self, tuple(weight.shape), {"codes": codes, "scales": scales, "biases": biases})
 

@@ -320,8 +320,8 @@ def _entries(checkpoint: Checkpoint, anatomy: Anatomy, request: Request) -> tupl
         elif request.decisions is not None:
             entries.append(_decided(info, request.decisions[info.name], request))
         elif info.name in linears and request.scheme is not None:
-            rule = "embedding or head" if info.name in ends else "linear of a block"
-            entries.append(_fit(info, request.scheme, rule, request))
+            what = "embedding or head" if info.name in ends else "linear of a block"
+            entries.append(_fit(info, request.scheme, what, request))
         else:
             entries.append(_kept(info, anatomy.why_kept(info.name), request))
     unmatched = [rule for i, rule in enumerate(request.rules) if i not in used]
