@@ -28,16 +28,6 @@ _SMALLEST = 2.0**-9  # of E4M3
 _TWO = 2  # exponent of the greatest power of two among the codes
 
 
-def _bounds() -> Tensor:
-    """Returns the least magnitude of each code from 1 on; halfway values go to the even code."""
-    found = []
-    for code in range(1, len(VALUES)):
-        middle = torch.tensor((VALUES[code - 1] + VALUES[code]) / 2)
-        found.append(torch.nextafter(middle, torch.tensor(torch.inf)) if code % 2 else middle)
-    return torch.stack(found)
-
-
-_BOUNDS = _bounds()
 _TABLE = torch.tensor([*VALUES, *(-value for value in VALUES)])
 # Never decreasing, as error feedback wants them, and the code of each.
 POINTS = torch.tensor([*(-value for value in VALUES[:0:-1]), *VALUES])
@@ -47,9 +37,16 @@ _POWERS = torch.tensor([*(2.0 ** (byte - 127) for byte in range(255)), torch.nan
 
 
 def codes(values: Tensor) -> Tensor:
-    """Returns the codes nearest to float32 values, uint8 of their shape; beyond the greatest they saturate."""
-    sizes = torch.bucketize(values.abs(), _BOUNDS.to(values.device), right=True)
-    return (sizes + _SIGN * (values < 0)).to(torch.uint8)
+    """Returns the codes nearest to float32 values, uint8 of their shape; beyond the greatest they saturate.
+
+    The codes below 2 are halves, those from 4 on are two apart: each part is one line of code over value, the steeper
+    the smaller, so the least of the three is the code. Rounding a line to even rounds to the even code.
+    """
+    sizes = values.abs()
+    found = (sizes * 2).round_()
+    torch.minimum(found, sizes.round().add_(2), out=found)
+    torch.minimum(found, sizes.mul_(0.5).round_().add_(4), out=found)
+    return found.clamp_(max=len(VALUES) - 1).add_(values < 0, alpha=_SIGN).to(torch.uint8)
 
 
 def pack(codes: Tensor) -> Tensor:

@@ -27,7 +27,9 @@ def are_brain(weight: Tensor) -> Tensor:
 
 def as_peers(value: Tensor, brain: Tensor) -> Tensor:
     """Returns `value` rounded to bfloat16 where `brain` (broadcast) says that the peers would."""
-    return torch.where(brain, rounded(value), value)
+    if bool(brain.all()):  # the usual case, and the quicker
+        return rounded(value)
+    return torch.where(brain, rounded(value), value) if bool(brain.any()) else value
 
 
 def scales(peaks: Tensor, largest: float) -> Tensor:
@@ -39,7 +41,7 @@ def scales(peaks: Tensor, largest: float) -> Tensor:
 def encode(weight: Tensor, scale: Tensor) -> Tensor:
     """Returns the float8_e4m3fn codes of float32 `weight` `[rows, cols]`; `scale` is what each is divided by."""
     quotient = as_peers(weight / scale.float(), are_brain(weight))
-    return quotient.clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+    return quotient.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
 
 
 def block_peaks(weight: Tensor, size: int) -> Tensor:
