@@ -246,8 +246,8 @@ class MLXFormat(FolderFormat):
         return self
 
     def header(self, view: Checkpoint, options: Mapping[str, Any]) -> Header:
-        """Returns what mlx-lm writes into headers."""
-        return Header({"format": "mlx"})
+        """Returns what mlx-lm writes into headers, and says what it does otherwise than transformers."""
+        return Header({"format": "mlx"}, tuple(mlx_config.notices(view.config)))
 
     def layouts(self, files: Mapping[str, Sequence[Piece]], header: Mapping[str, Any]) -> dict[str, Layout]:
         """Returns the layout of each shard; a stack of experts lies whole in the file of its first."""

@@ -15,6 +15,7 @@ from quantize.mlx_schemes import MLXAffine, MLXFloat
 from quantize.schemes import Plain, Scheme
 
 _AFFINE = "affine"
+_FULL = "full_attention"
 # Bits and group of each mode where a file leaves them out or says null.
 _USUAL = {_AFFINE: (4, 64), **{name: (mode.bits, mode.group) for name, mode in MODES.items()}}
 
@@ -104,6 +105,7 @@ def configured(config: dict[str, Any], quantization: dict[str, Any]) -> dict[str
     if quantization:
         found |= {"quantization": quantization, "quantization_config": quantization}
     _add_rope(found)
+    _add_pattern(found)
     for one, other in (("num_experts", "num_local_experts"), ("torch_dtype", "dtype")):
         value = found.get(one, found.get(other))
         if value is not None:
@@ -127,3 +129,30 @@ def _add_rope(config: dict[str, Any]) -> None:
     if kind != "default" and not config.get("rope_scaling"):
         rest = {key: value for key, value in rope.items() if key != "rope_theta"}
         config["rope_scaling"] = {**rest, "type": kind, "rope_type": kind}
+
+
+def _add_pattern(config: dict[str, Any]) -> None:
+    """Says after how many layers of gemma3 one attends to everything, where the config lists the layers."""
+    layers = config.get("layer_types")
+    if config.get("model_type") == "gemma3_text" and isinstance(layers, list) and _FULL in layers:
+        config.setdefault("sliding_window_pattern", layers.index(_FULL) + 1)
+
+
+def notices(config: Mapping[str, Any]) -> list[str]:
+    """Returns what mlx-lm does otherwise than transformers with a model of this config, one line each."""
+    window, layers, kind = config.get("sliding_window"), config.get("layer_types"), config.get("model_type")
+    if not window or not config.get("use_sliding_window", True):
+        return []
+    if kind == "gemma3_text":
+        every = dict(config)
+        _add_pattern(every)
+        period = every.get("sliding_window_pattern")
+        if not period or not isinstance(layers, list):
+            return []
+        theirs = [(number + 1) % period == 0 for number in range(len(layers))]
+        if theirs == [layer == _FULL for layer in layers]:
+            return []
+        return [f"mlx-lm lets one layer in {period} attend to everything, this model others"]
+    if kind in ("llama", "mistral") and layers:
+        return []
+    return [f"mlx-lm attends to everything here, the model to the last {window} tokens"]

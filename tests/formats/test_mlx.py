@@ -26,6 +26,7 @@ from quantize.formats.mlx import pack, unpack
 from quantize.mlx_schemes import MLXAffine, MLXFloat
 from quantize.schemes import Levelled, Plain, parse_scheme
 
+SLIDING, FULL = "sliding_attention", "full_attention"
 # Codes 5 i mod 2^bits, i = 0 to 31, as `mx.dequantize` reads them.
 GOLDEN = {
     2: "E4E4E4E4 E4E4E4E4",
@@ -292,6 +293,24 @@ def test_positions_are_told_where_mlx_looks(rope: dict[str, Any], expected: dict
     assert config == {"rope_parameters": rope, **expected}
     older = {"rope_theta": 7.0, "num_local_experts": 2, "dtype": "float16"}
     assert mlx_config.configured(older, {}) == {**older, "num_experts": 2, "torch_dtype": "float16"}
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"model_type": "qwen3", "sliding_window": 8, "use_sliding_window": False}, ""),
+        ({"model_type": "llama"}, ""),
+        ({"model_type": "gemma2", "sliding_window": 8}, "the model to the last 8 tokens"),
+        ({"model_type": "mistral", "sliding_window": 8}, "the model to the last 8 tokens"),
+        ({"model_type": "gemma3_text", "sliding_window": 8, "layer_types": [SLIDING, FULL] * 2}, ""),
+        ({"model_type": "gemma3_text", "sliding_window": 8, "layer_types": [SLIDING, FULL, FULL]}, "one layer in 2"),
+    ],
+)
+def test_what_mlx_does_otherwise_is_said(config: dict[str, Any], said: str) -> None:
+    found = mlx_config.notices(config)
+    assert (said in found[0]) if said else not found
+    if FULL in config.get("layer_types", ()):
+        assert mlx_config.configured(config, {})["sliding_window_pattern"] == 2
 
 
 # -- folders of others -------------------------------------------------------------------------------------------------

@@ -146,6 +146,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("gemma", {"bits": 4}),
     "gemma2": ("gemma2", {"bits": 4}),
     "gemma3": ("gemma3", {"bits": 4}),
+    "gemma3, another pattern": ("gemma3-own-pattern", {"bits": 4}),
     "phi3": ("phi3", {"bits": 4}),
     "starcoder2": ("starcoder2", {"bits": 4}),
 }
