@@ -24,6 +24,8 @@ from quantize.structure import Input, fold_all, grouped
 # Rows of each input's consumers that judge a scale, and the inputs that do so where many share it (experts).
 _JUDGES = 256
 _MOST = 4
+# What is left of the loss must be less than this: text that was not seen gains less.
+_GAIN = 0.95
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,7 @@ class AWQGPTQ(GPTQ):
             judges = sorted(seen, key=lambda item: -block.statistics[item.name].count)[:_MOST]
             trials = [(item, columns) for item in judges for columns in (None, columns_of(item, scales))]
             losses = list(pool.map(lambda trial: self._trial(*trial, block), trials))
-            if judges and sum(losses[1::2]) < sum(losses[::2]):
+            if judges and sum(losses[1::2]) < _GAIN * sum(losses[::2]):
                 kept |= {item.name: scales[item.name] for item in group if item.name in scales}
         return kept
 
@@ -73,8 +75,9 @@ class AWQGPTQ(GPTQ):
         rows = _sample([block.weights[name] for name in names])
         if columns is not None:
             statistics, rows = _scaled(statistics, columns), rows * columns
-        error = self.feed_back(rows, self.curvature(statistics, scheme), scheme).dequantize() - rows
-        return statistics.count * float(loss(error, statistics.hessian).double().sum())
+        curvature = self.curvature(statistics, scheme)
+        error = self.feed_back(rows, curvature, scheme).dequantize() - rows
+        return statistics.count * float(loss(error, curvature.hessian).double().sum())
 
 
 def _sample(weights: Sequence[Tensor]) -> Tensor:
