@@ -454,7 +454,7 @@ def test_unknown_format_names_the_nearest(refused: Callable[..., str], tiny_llam
         (("--method", "rtn", "--format", "hf"), "awq"),
         (("--method", "rtn", "--format", "exl2"), "awq"),
         (("--method", "rtn", "--bits", "3", "--format", "awq"), "gptq"),
-        (("--method", "rtn", "--bits", "5"), "quantize list"),
+        (("--method", "rtn", "--bits", "5", "--format", "gptq"), "compressed-tensors"),
         (("--method", "exl2"), "awq"),
     ],
 )
