@@ -63,7 +63,8 @@ class CompressedCheckpoint(FolderCheckpoint):
         self.dropped |= dict.fromkeys(activations, "a scale of activations")
         self.extents = {name: extent for name, extent in self.extents.items() if name not in self.dropped}
         if not self._modules:
-            raise InputError(f"{path}: said to be quantized, but no tensor is", "use the model it was made from")
+            method = self.quantization.get("quant_method")
+            raise InputError(f"{path}: said to be {method}, but no codes are that", "use the model it was made from")
 
     def _refuse_others(self) -> None:
         """Refuses what changes the meaning of weights and is not read here."""

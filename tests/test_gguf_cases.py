@@ -282,16 +282,22 @@ def test_b10_a_broken_file_fails_the_gate(wide: Path, tmp_path: Path, cli: Cli) 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_b55_eight_bit_floats_without_scales(tmp_path: Path, dtype: torch.dtype) -> None:
-    """Such weights are what they say, in bf16 and in f16; with scales they are refused until those can be read."""
+    """Such weights are what they say, in bf16 and in f16; with scales, which only one kind has, they are scaled."""
     weight = torch.randn(512, 256, generator=torch.Generator().manual_seed(0)).to(dtype)
     source = tiny.llama(tmp_path / "Source", tokenizer=True, extra={STORED_UP: weight}, **WIDE)
     for name in ("bf16", "f16"):
         out = quantize.convert(source, format="gguf", dtype=name, out=tmp_path / f"{name}.gguf").out
         assert torch.equal(quantize.open(out).read(STORED_UP).float(), weight.float())
+    twice = torch.full((4, 2), 2.0)
     scaled = tiny.llama(tmp_path / "Scaled", tokenizer=True, quantization_config={"quant_method": "fp8"},
-                        extra={STORED_UP: weight, f"{STORED_UP}_scale_inv": torch.ones(4, 2)}, **WIDE)  # fmt: skip
+                        extra={STORED_UP: weight, f"{STORED_UP}_scale_inv": twice}, **WIDE)  # fmt: skip
+    out = tmp_path / "x.gguf"
+    if dtype == torch.float8_e4m3fn:
+        quantize.convert(scaled, format="gguf", dtype="bf16", out=out)
+        assert torch.equal(quantize.open(out).read(STORED_UP).float(), 2 * weight.float())
+        return
     with pytest.raises(InputError, match="fp8"):
-        quantize.run(scaled, type="Q4_0", requantize=True, out=tmp_path / "x.gguf")
+        quantize.run(scaled, type="Q4_0", requantize=True, out=out)
 
 
 def test_an_adapter_is_merged_before_rounding(wide: Path, tmp_path: Path) -> None:
