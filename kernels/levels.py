@@ -15,7 +15,7 @@ one scale and one offset, and `supers` blocks of the file; all tensors keep thos
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -125,85 +125,8 @@ def values(name: str, levels: Levels, codes: Tensor) -> Tensor:
     return (levels.scale.unsqueeze(-1) * points + levels.offset.unsqueeze(-1)).flatten(1)
 
 
-def nearest(name: str, levels: Levels, weight: Tensor) -> Tensor:
-    """Returns the code of the point nearest to each float32 weight `[rows, cols]`, uint8; any code for a scale 0."""
-    grid = GRIDS[name]
-    inverse = torch.where(levels.scale == 0, 0, 1 / levels.scale).unsqueeze(-1)
-    wanted = ((weight.reshape(*levels.scale.shape, grid.sub) - levels.offset.unsqueeze(-1)) * inverse).flatten(1)
-    if _even(grid.points):
-        return wanted.sub_(grid.points[0]).round_().clamp_(0, len(grid.points) - 1).to(torch.uint8)
-    middles = (levels.points[1:] + levels.points[:-1]) / 2
-    return torch.bucketize(wanted, middles).to(torch.uint8)
-
-
-def snap(name: str, levels: Levels, scale: Tensor, offset: Tensor) -> Levels:
-    """Returns the storable grids nearest to what is wanted, `d` and `dmin` of a super-block as they are.
-
-    Args:
-        name: A type of `GRIDS`.
-        levels: Grids, of which `d` and `dmin` are kept where sub-blocks have codes.
-        scale: Wanted scales, float32 `[rows, subs]`; no number (NaN) keeps the old one.
-        offset: Wanted offsets, likewise; of no effect for types without.
-    """
-    scale = torch.where(scale.isfinite(), scale, levels.scale)
-    offset = torch.where(offset.isfinite(), offset, levels.offset)
-    grid, state = GRIDS[name], dict(levels.state)
-    if name in _FLOATS:
-        state["codes"] = _nearest_float(name, scale)
-    elif grid.codes:
-        state["codes"] = _multiple(scale, _spread(state["d"], scale), state["codes"], *grid.codes)
-    else:
-        state["d"] = half(scale)
-    if grid.mins and grid.codes:
-        state["mins"] = _multiple(-offset, _spread(state["dmin"], offset), state["mins"], 0, grid.codes[1])
-    elif "m" in state:
-        state["m"] = half(offset)
-    return _levels(name, state)
-
-
-def with_supers(name: str, levels: Levels, d: Tensor, dmin: Tensor | None = None) -> Levels:
-    """Returns grids with the same `codes` and `mins` under other super-scales, rounded to float16.
-
-    Args:
-        name: A type of `GRIDS` that has `d` and `codes`.
-        levels: Grids.
-        d: float32 `[rows, supers]`.
-        dmin: Likewise, for types that have it; None keeps it.
-    """
-    state = {**levels.state, "d": half(d)}
-    if dmin is not None:
-        state["dmin"] = half(dmin)
-    return _levels(name, state)
-
-
-def resuper(name: str, levels: Levels, scale: Tensor, offset: Tensor, weight: Tensor | None = None) -> Levels:
-    """Returns grids whose `d` and `dmin` fit wanted scales and offsets best, `codes` and `mins` as they are.
-
-    Args:
-        name: A type of `GRIDS`; those without super-scales come back as they are.
-        levels: Grids.
-        scale: Wanted scales, float32 `[rows, subs]`.
-        offset: Wanted offsets, float32 `[rows, subs]`.
-        weight: How much a sub-block counts in the least squares, float32 `[rows, subs]`; alike when None.
-    """
-    if "d" not in levels.state or "codes" not in levels.state:
-        return levels
-    weight = torch.ones_like(scale) if weight is None else weight
-    d = _fit(levels.state["d"], levels.state["codes"], scale, weight)
-    dmin = _fit(levels.state["dmin"], levels.state["mins"], -offset, weight) if GRIDS[name].mins else None
-    return with_supers(name, levels, d, dmin)
-
-
-def pick(name: str, keep: Tensor, levels: Levels, other: Levels) -> Levels:
-    """Returns the grids of `levels` in the rows where bool `keep` `[rows]` holds, else those of `other`."""
-    there = keep.unsqueeze(1)
-    return _levels(name, {key: torch.where(there, value, other.state[key]) for key, value in levels.state.items()})
-
-
 # Factors on a float scale that lead to the neighbouring grids.
 _NEARBY = (0.97, 1.03, 0.93, 1.07)
-
-
 # Steps of scale code and minimum. The far ones cost little, for the work is in the number of columns.
 _STEPS = ((-1, 0), (1, 0), (0, -1), (0, 1), (-2, 0), (2, 0), (0, -2), (0, 2), (-1, -1), (-1, 1), (1, -1), (1, 1),
           (-4, 0), (4, 0))  # fmt: skip
@@ -250,12 +173,6 @@ def concatenate(name: str, parts: Sequence[Levels]) -> Levels:
     return _levels(name, {key: torch.cat([part.state[key] for part in parts], 1) for key in parts[0].state})
 
 
-def take(levels: Levels, rows: Tensor | slice) -> Levels:
-    """Returns the grids of some rows."""
-    state = {key: value[rows] for key, value in levels.state.items()}
-    return replace(levels, scale=levels.scale[rows], offset=levels.offset[rows], state=state)
-
-
 def half(value: Tensor) -> Tensor:
     """Returns the float16 nearest to each value, as float32; what is beyond becomes the largest, NaN becomes 0."""
     return value.nan_to_num(0.0).clamp(-_LARGEST_HALF, _LARGEST_HALF).half().float()
@@ -286,25 +203,9 @@ def _points(name: str, device: torch.device) -> Tensor:
     return torch.tensor(GRIDS[name].points, dtype=torch.float32, device=device)
 
 
-def _even(points: tuple[int, ...]) -> bool:
-    return points[-1] - points[0] == len(points) - 1 and len(set(points)) == len(points)
-
-
 def _spread(supers: Tensor, subs: Tensor) -> Tensor:
     """Returns a value of each super-block for each of its sub-blocks."""
     return supers.repeat_interleave(subs.shape[1] // supers.shape[1], 1)
-
-
-def _multiple(wanted: Tensor, step: Tensor, old: Tensor, low: int, high: int) -> Tensor:
-    """Returns the whole multiple of `step` nearest to `wanted` within `low .. high`; `old` where the step is 0."""
-    return torch.where(step == 0, old, (wanted / step).nan_to_num(0.0).round().clamp(low, high).int())
-
-
-def _fit(old: Tensor, multiples: Tensor, wanted: Tensor, weight: Tensor) -> Tensor:
-    """Returns the steps `[rows, supers]` whose `multiples` come closest to `wanted`; `old` where all of them are 0."""
-    top = (weight * multiples * wanted).reshape(*old.shape, -1).sum(-1)
-    bottom = (weight * multiples * multiples).reshape(*old.shape, -1).sum(-1)
-    return torch.where(bottom > 0, top / bottom, old)
 
 
 _FLOATS = ("mxfp4", "nvfp4")
@@ -322,9 +223,3 @@ def _floats(name: str, device: torch.device) -> Tensor:
         scales = torch.where(exponent == 0, mantissa * 2.0**-10, normal)
         scales[0x7F] = 0
     return scales.float().to(device)
-
-
-def _nearest_float(name: str, scale: Tensor) -> Tensor:
-    low, high = GRIDS[name].codes or (0, 0)
-    table = _floats(name, scale.device)[low : high + 1]
-    return torch.bucketize(scale, (table[1:] + table[:-1]) / 2).int() + low

@@ -13,7 +13,6 @@ from quantize.kernels.cpu import ggml
 from quantize.schemes import GGMLBlock
 
 TYPES = sorted(levels.GRIDS)
-SUPER = [name for name in TYPES if levels.GRIDS[name].codes and not name.endswith("fp4")]
 
 
 def random_blocks(name: str, rows: int, count: int, seed: int) -> torch.Tensor:
@@ -64,79 +63,41 @@ def test_values_are_those_of_the_decoder(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TYPES)
-def test_storable_scales_stay(name: str) -> None:
-    _, blocks = encoded(name)
-    grids = levels.split(name, blocks)
-    again = levels.snap(name, grids, grids.scale, grids.offset)
-    assert torch.equal(again.scale, grids.scale)
-    assert torch.equal(again.offset, grids.offset)
-    nothing = torch.full_like(grids.scale, torch.nan)
-    assert torch.equal(levels.snap(name, grids, nothing, nothing).scale, grids.scale)
-
-
-@pytest.mark.parametrize("name", TYPES)
-def test_snapped_grids_can_be_stored(name: str) -> None:
+def test_neighbours_can_be_stored_and_differ(name: str) -> None:
     _, blocks = encoded(name)
     grids, found = levels.split(name, blocks), levels.codes(name, blocks)
-    torch.manual_seed(0)
-    wild = torch.cat([torch.randn_like(grids.scale[:3]), torch.full_like(grids.scale[3:], 1e9)])
-    snapped = levels.snap(name, grids, wild, -wild.abs())
-    stored = levels.split(name, levels.join(name, snapped, found))
-    assert stored.state.keys() == snapped.state.keys()
-    for key, value in snapped.state.items():
-        assert torch.equal(stored.state[key], value), key
-    assert snapped.scale.isfinite().all()
+    for other in levels.neighbours(name, grids):
+        stored = levels.split(name, levels.join(name, other, found))
+        assert stored.state.keys() == other.state.keys()
+        for key, value in other.state.items():
+            assert torch.equal(stored.state[key], value), key
+        assert torch.equal(stored.scale, other.scale)
+        assert torch.equal(stored.offset, other.offset)
+        assert not (torch.equal(other.scale, grids.scale) and torch.equal(other.offset, grids.offset))
+        if "codes" in grids.state and "d" in grids.state:
+            assert torch.equal(other.state["d"], grids.state["d"])
 
 
 @pytest.mark.parametrize("name", TYPES)
-def test_no_neighbour_is_nearer(name: str) -> None:
-    """Moving a storable field by one step never brings a scale nearer to the one that was wanted."""
+def test_each_sub_block_has_the_grid_that_was_chosen(name: str) -> None:
     _, blocks = encoded(name)
     grids = levels.split(name, blocks)
-    wanted = grids.scale * (0.7 + 0.6 * torch.rand_like(grids.scale))
-    error = (levels.snap(name, grids, wanted, grids.offset).scale - wanted).abs()
-    assert (error <= (grids.scale - wanted).abs()).all()
+    tried = [grids, *levels.neighbours(name, grids)]
+    which = torch.randint(len(tried), grids.scale.shape, generator=torch.Generator().manual_seed(0))
+    made = levels.choose(name, tried, which)
+    for field in ("scale", "offset"):
+        of_all = torch.stack([getattr(each, field) for each in tried])
+        assert torch.equal(getattr(made, field), of_all.gather(0, which[None])[0])
 
 
 @pytest.mark.parametrize("name", TYPES)
-def test_nearest_code_is_nearest(name: str) -> None:
-    weight, blocks = encoded(name)
-    grids = levels.split(name, blocks)
-    found = levels.nearest(name, grids, weight)
-    error = (levels.values(name, grids, found) - weight).abs()
-    for code in range(0, len(grids.points), max(1, len(grids.points) // 16)):
-        other = (levels.values(name, grids, torch.full_like(found, code)) - weight).abs()
-        assert (error <= other * (1 + 1e-5) + 1e-12).all()
-
-
-@pytest.mark.parametrize("name", SUPER)
-def test_super_scales_fit_what_is_wanted(name: str) -> None:
-    _, blocks = encoded(name)
-    grids = levels.split(name, blocks)
-    fitted = levels.resuper(name, grids, grids.scale * 1.25, grids.offset * 1.5)
-    torch.testing.assert_close(fitted.scale, grids.scale * 1.25, rtol=1e-3, atol=1e-6)
-    torch.testing.assert_close(fitted.offset, grids.offset * 1.5, rtol=1e-3, atol=1e-6)
-    assert torch.equal(fitted.state["codes"], grids.state["codes"])
-
-
-def test_without_super_scales_there_is_nothing_to_refit() -> None:
-    _, blocks = encoded("q4_0")
-    grids = levels.split("q4_0", blocks)
-    assert levels.resuper("q4_0", grids, grids.scale * 2, grids.offset) is grids
-
-
-@pytest.mark.parametrize("name", TYPES)
-def test_columns_and_rows_are_put_together_and_taken_apart(name: str) -> None:
+def test_columns_are_put_together(name: str) -> None:
     _, blocks = encoded(name)
     width = blocks.shape[1] // 2
     parts = [levels.split(name, blocks[:, :width]), levels.split(name, blocks[:, width:])]
     whole, direct = levels.concatenate(name, parts), levels.split(name, blocks)
     assert torch.equal(whole.scale, direct.scale)
     assert torch.equal(whole.offset, direct.offset)
-    assert torch.equal(levels.take(direct, slice(2, 4)).scale, direct.scale[2:4])
-    keep = torch.tensor([True, False] * 3)
-    mixed = levels.pick(name, keep, direct, levels.snap(name, direct, direct.scale * 2, direct.offset))
-    assert torch.equal(mixed.scale[::2], direct.scale[::2])
 
 
 @pytest.mark.parametrize("name", TYPES)
