@@ -8,7 +8,6 @@ and `scales` float16 `[K/group, N]`. The matrix is stored input-major. Eight 4-b
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor
 from quantize.errors import InputError
 from quantize.formats.base import Checkpoint, Piece, TensorInfo
 from quantize.formats.container import Extent, read_rows
-from quantize.formats.folder import FolderCheckpoint, FolderFormat, is_folder, read_json, take_quantization
+from quantize.formats.folder import FolderFormat, PackedCheckpoint, is_folder, read_json, take_quantization
 from quantize.formats.fused import fused_tensors
 from quantize.schemes import AffineInt, Plain, QuantizedTensor, Scheme, Shape
 
@@ -42,10 +41,11 @@ def unpack(words: Tensor) -> Tensor:
     return nibbles[..., list(_INVERSE)].to(torch.uint8).flatten(-2)
 
 
-class AWQCheckpoint(FolderCheckpoint):
+class AWQCheckpoint(PackedCheckpoint):
     """An AWQ folder; `NAME.qweight`, `NAME.qzeros` and `NAME.scales` form tensor `NAME.weight`."""
 
     format = "awq"
+    parts = _PARTS
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -55,22 +55,6 @@ class AWQCheckpoint(FolderCheckpoint):
         if version != "gemm" or bits != 4:
             raise InputError(f"{path}: AWQ version '{version}' with {bits} bits", "only 4-bit GEMM can be read")
         self._group: object = block.get("group_size", block.get("q_group_size"))
-
-    @cached_property
-    def _coded(self) -> dict[str, str]:
-        """Tensor name to module name, for the quantized ones."""
-        modules = [n.removesuffix(".qweight") for n in self.extents if n.endswith(".qweight")]
-        return {f"{module}.weight": module for module in modules}
-
-    def _assemble(self) -> dict[str, TensorInfo]:
-        tensors: dict[str, TensorInfo] = {}
-        for name, extent in self.extents.items():
-            stem, dot, part = name.rpartition(".")
-            if f"{stem}.weight" not in self._coded or dot + part not in _PARTS:
-                tensors[name] = TensorInfo(name, extent.shape, Plain(extent.dtype), extent.nbytes)
-            elif part == "qweight":
-                tensors[f"{stem}.weight"] = self._info(stem)
-        return tensors
 
     def _info(self, module: str) -> TensorInfo:
         try:
@@ -102,15 +86,6 @@ class AWQCheckpoint(FolderCheckpoint):
     def _disagreement(words: Extent, module: str) -> InputError:
         return InputError(f"{words.file}: the shapes or types of '{module}.qweight', qzeros and scales do not agree")
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Returns rows of a tensor, dequantized to float32 where it is quantized."""
-        coded = self._codes(name, start, stop)
-        return super().read(name, start, stop) if coded is None else coded.dequantize()
-
-    def read_coded(self, name: str, start: int = 0, stop: int | None = None) -> QuantizedTensor | None:
-        """Returns the codes of rows of a quantized tensor, or None for a plain one."""
-        return self._codes(name, start, stop)
-
     def _codes(self, name: str, start: int, stop: int | None) -> QuantizedTensor | None:
         """Returns rows of a quantized tensor. They lie across the file, so all is read, but only they are unpacked."""
         module = self._coded.get(name)
@@ -126,11 +101,6 @@ class AWQCheckpoint(FolderCheckpoint):
             "zeros": unpack(zeros[:, first : -(-stop // 8)])[:, rows].T.contiguous(),
         }
         return QuantizedTensor(info.scheme, (stop - start, info.shape[1]), arrays)
-
-    def file(self, name: str) -> Path:
-        """Returns the shard that holds the tensor, or its codes."""
-        module = self._coded.get(name)
-        return self.extents[name if module is None else f"{module}.qweight"].file
 
 
 class AWQFormat(FolderFormat):

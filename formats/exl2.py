@@ -14,7 +14,7 @@ The widths must not rise: engines count the rows of each width and walk from the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,8 @@ from quantize.formats.base import Checkpoint, Piece, TensorInfo
 from quantize.formats.container import Extent, read_rows
 from quantize.formats.exl2_folder import height, holds_codes, stored_extents
 from quantize.formats.folder import (
-    FolderCheckpoint,
     FolderFormat,
+    PackedCheckpoint,
     is_folder,
     read_json,
     refuse_other_kinds,
@@ -80,10 +80,11 @@ def _words(bits: int, columns: int) -> int:
     return bits * columns // bitstream.WORD
 
 
-class EXL2Checkpoint(FolderCheckpoint):
+class EXL2Checkpoint(PackedCheckpoint):
     """An EXL2 folder; `NAME.q_weight` and its four companions form tensor `NAME.weight`."""
 
     format = "exl2"
+    parts = _PARTS
 
     def __init__(self, path: Path) -> None:
         # not the base's: that one believes the index
@@ -103,23 +104,15 @@ class EXL2Checkpoint(FolderCheckpoint):
                 if isinstance(holder, dict):
                     holder["tie_word_embeddings"] = False
 
-    @cached_property
-    def _coded(self) -> dict[str, str]:
-        """Tensor name to module name, for the quantized ones."""
-        modules = [name.removesuffix(".q_weight") for name in self.extents if name.endswith(".q_weight")]
-        return {f"{module}.weight": module for module in modules}
-
     def _assemble(self) -> dict[str, TensorInfo]:
-        tensors: dict[str, TensorInfo] = {}
-        for name, extent in self.extents.items():
-            stem, dot, part = name.rpartition(".")
-            if f"{stem}.weight" not in self._coded or dot + part not in (*_PARTS, ".bias"):
-                tensors[name] = TensorInfo(name, extent.shape, Plain(extent.dtype), extent.nbytes)
-            elif part == "bias":
-                rows = height(self.config, stem, extent.shape[0]) if extent.shape else 0
-                tensors[name] = TensorInfo(name, (rows,), Plain(extent.dtype), extent.nbytes)
-            elif part == "q_weight":
-                tensors[f"{stem}.weight"] = self._info(stem)
+        """Returns the tensors; a bias has the padding of its matrix, which is cut off."""
+        tensors = super()._assemble()
+        for module in self._coded.values():
+            name = f"{module}.bias"
+            if name in tensors:
+                info = tensors[name]
+                rows = height(self.config, module, info.shape[0]) if info.shape else 0
+                tensors[name] = replace(info, shape=(rows,))
         return tensors
 
     def _info(self, module: str) -> TensorInfo:
@@ -195,15 +188,6 @@ class EXL2Checkpoint(FolderCheckpoint):
             rows = self.tensors[name].shape[0]
             stop = rows if stop is None else min(stop, rows)
         return super().read(name, start, stop)
-
-    def read_coded(self, name: str, start: int = 0, stop: int | None = None) -> QuantizedTensor | None:
-        """Returns the codes of rows of a quantized tensor, or None for a plain one."""
-        return self._codes(name, start, stop)
-
-    def file(self, name: str) -> Path:
-        """Returns the shard that holds the tensor, or its codes."""
-        module = self._coded.get(name)
-        return self.extents[name if module is None else f"{module}.q_weight"].file
 
     def _codes(self, name: str, start: int, stop: int | None) -> QuantizedTensor | None:
         """Returns rows of a quantized tensor. They lie across the file, so all is read, but only they are unpacked."""

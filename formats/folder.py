@@ -239,6 +239,53 @@ def _modules(root: Path) -> set[str]:
         raise InputError(f"{file}: no list of modules: {error}") from error
 
 
+class PackedCheckpoint(FolderCheckpoint):
+    """A folder in which the arrays `NAME` + each of `parts` form the quantized tensor `NAME.weight`.
+
+    Subclasses say the parts, the one with the codes first, and how to make the tensor of them.
+    """
+
+    parts: tuple[str, ...] = ()
+
+    @cached_property
+    def _coded(self) -> dict[str, str]:
+        """Tensor name to module name, for the quantized ones."""
+        modules = [name.removesuffix(self.parts[0]) for name in self.extents if name.endswith(self.parts[0])]
+        return {f"{module}.weight": module for module in modules}
+
+    def _assemble(self) -> dict[str, TensorInfo]:
+        tensors: dict[str, TensorInfo] = {}
+        for name, extent in self.extents.items():
+            stem, dot, part = name.rpartition(".")
+            if f"{stem}.weight" not in self._coded or dot + part not in self.parts:
+                tensors[name] = TensorInfo(name, extent.shape, Plain(extent.dtype), extent.nbytes)
+            elif dot + part == self.parts[0]:
+                tensors[f"{stem}.weight"] = self._info(stem)
+        return tensors
+
+    def _info(self, module: str) -> TensorInfo:
+        """Returns what the headers say of a module's tensor; InputError where its arrays do not agree."""
+        raise NotImplementedError
+
+    def _codes(self, name: str, start: int, stop: int | None) -> QuantizedTensor | None:
+        """Returns rows of a quantized tensor, or None for a plain one."""
+        raise NotImplementedError
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Returns rows of a tensor, dequantized to float32 where it is quantized."""
+        coded = self._codes(name, start, stop)
+        return super().read(name, start, stop) if coded is None else coded.dequantize()
+
+    def read_coded(self, name: str, start: int = 0, stop: int | None = None) -> QuantizedTensor | None:
+        """Returns the codes of rows of a quantized tensor, or None for a plain one."""
+        return self._codes(name, start, stop)
+
+    def file(self, name: str) -> Path:
+        """Returns the shard that holds the tensor, or its codes."""
+        module = self._coded.get(name)
+        return self.extents[name if module is None else module + self.parts[0]].file
+
+
 class FolderFormat:
     """What all formats share that are folders of safetensors shards with the model's own names."""
 

@@ -12,7 +12,6 @@ as one is not, or where it is asked for by name. The config always says which.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,7 +22,7 @@ from quantize.errors import InputError
 from quantize.formats import bitstream, gptq_config
 from quantize.formats.base import Checkpoint, Piece, TensorInfo
 from quantize.formats.container import Extent, read_rows
-from quantize.formats.folder import FolderCheckpoint, FolderFormat, is_folder, read_json
+from quantize.formats.folder import FolderFormat, PackedCheckpoint, is_folder, read_json
 from quantize.formats.fused import fused_tensors
 from quantize.formats.gptq_config import BITS, V1, V2, Declared
 from quantize.schemes import AffineInt, Plain, QuantizedTensor, Scheme, Shape
@@ -34,10 +33,11 @@ _GROUPS = (-1, 16, 32, 64, 128, 256, 512, 1024)
 _MULTIPLE = 32
 
 
-class GPTQCheckpoint(FolderCheckpoint):
+class GPTQCheckpoint(PackedCheckpoint):
     """A GPTQ folder; `NAME.qweight`, `NAME.qzeros`, `NAME.scales` and `NAME.g_idx` form tensor `NAME.weight`."""
 
     format = "gptq"
+    parts = _PARTS
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -47,22 +47,6 @@ class GPTQCheckpoint(FolderCheckpoint):
             raise InputError(
                 f"{path}: said to be quantized with gptq, but no tensor is", "use the model it was made from"
             )
-
-    @cached_property
-    def _coded(self) -> dict[str, str]:
-        """Tensor name to module name, for the quantized ones."""
-        modules = [n.removesuffix(".qweight") for n in self.extents if n.endswith(".qweight")]
-        return {f"{module}.weight": module for module in modules}
-
-    def _assemble(self) -> dict[str, TensorInfo]:
-        tensors: dict[str, TensorInfo] = {}
-        for name, extent in self.extents.items():
-            stem, dot, part = name.rpartition(".")
-            if f"{stem}.weight" not in self._coded or dot + part not in _PARTS:
-                tensors[name] = TensorInfo(name, extent.shape, Plain(extent.dtype), extent.nbytes)
-            elif part == "qweight":
-                tensors[f"{stem}.weight"] = self._info(stem)
-        return tensors
 
     def _info(self, module: str) -> TensorInfo:
         try:
@@ -109,20 +93,6 @@ class GPTQCheckpoint(FolderCheckpoint):
     @staticmethod
     def _disagreement(words: Extent, module: str) -> InputError:
         return InputError(f"{words.file}: the shapes or types of '{module}.qweight', qzeros and scales do not agree")
-
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Returns rows of a tensor, dequantized to float32 where it is quantized."""
-        coded = self._codes(name, start, stop)
-        return super().read(name, start, stop) if coded is None else coded.dequantize()
-
-    def read_coded(self, name: str, start: int = 0, stop: int | None = None) -> QuantizedTensor | None:
-        """Returns the codes of rows of a quantized tensor, or None for a plain one."""
-        return self._codes(name, start, stop)
-
-    def file(self, name: str) -> Path:
-        """Returns the shard that holds the tensor, or its codes."""
-        module = self._coded.get(name)
-        return self.extents[name if module is None else f"{module}.qweight"].file
 
     def _codes(self, name: str, start: int, stop: int | None) -> QuantizedTensor | None:
         """Returns rows of a quantized tensor. They lie across the file, so all is read, but only they are unpacked."""
